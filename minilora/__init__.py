@@ -1,0 +1,32 @@
+"""minilora: LoRA built from nothing, three times, each layer checked by the one before.
+
+    numpy_lora   LAYER 1   arithmetic you can print              needs NumPy
+    torch_lora   LAYER 2   the handwritten module                needs PyTorch
+    qlora        LAYER 3   the same over a frozen 4-bit weight   a GPU if there is one, the same results if not
+    llm                    the language model that is fine-tuned; knows nothing of LoRA
+    train                  data, the loop, evaluation
+    classroom              what only the lessons need: plots, sliders, exercises
+
+Read in this order: numpy_lora/forward, numpy_lora/nf4, torch_lora/layers, torch_lora/inject,
+torch_lora/peft_format, qlora/blockwise, qlora/linear, train/trainer.
+
+Letters and words, one meaning each:
+
+    W (out, in)       the frozen weight             A (r, in), B (out, r)   LoRA's matrices; B is never the batch
+    r                 LoRA's rank                   alpha, scaling          strength; the factor in front of B A
+    base              the module under an adapter   delta_weight()          scaling · B A
+    absmax            one unit a block              block_size              weights that share an absmax
+    codebook          16 values                     codes, packed           indices 0..15; two codes to a byte
+    targets           last parts of module names    wrap                    a function module -> module
+
+Papers, as the docstrings name them:
+
+    [LoRA]    Hu et al. 2021, arXiv 2106.09685       [rsLoRA]  Kalajdzievski 2023, arXiv 2312.03732
+    [QLoRA]   Dettmers et al. 2023, arXiv 2305.14314 [8bit]    Dettmers et al. 2021, arXiv 2110.02861
+    [Kaiming] He et al. 2015, arXiv 1502.01852       [AdamW]   Loshchilov & Hutter 2017, arXiv 1711.05101
+    [RoPE]    Su et al. 2021, arXiv 2104.09864       [GQA]     Ainslie et al. 2023, arXiv 2305.13245
+    [SwiGLU]  Shazeer 2020, arXiv 2002.05202         [RMSNorm] Zhang & Sennrich 2019, arXiv 1910.07467
+    [RoyVetterli]  Roy & Vetterli 2007, The effective rank
+"""
+
+__version__ = "0.1.0"
