@@ -1,4 +1,4 @@
-"""One setting for all tests: randomness that repeats, and no network."""
+"""One setting for all tests: shapes are checked at every call, randomness repeats, and nothing is fetched."""
 
 import os
 
@@ -7,6 +7,21 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+# The modules whose signatures are checked by beartype. Not among them: those with compiled kernels (the hook breaks
+# numba's @njit) and the course's plots. (pytest's own --jaxtyping-packages cannot take more than one package beside
+# a type checker with settings.)
+SHAPES_CHECKED = [
+    "minilora.numpy_lora",
+    "minilora.torch_lora",
+    "minilora.qlora.codebooks",
+    "minilora.qlora.blockwise",
+    "minilora.qlora.linear",
+    "minilora.llm",
+    "minilora.train",
+]
+install_import_hook(SHAPES_CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 @pytest.fixture(autouse=True)

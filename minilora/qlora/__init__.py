@@ -1,0 +1,8 @@
+"""Layer 3: LoRA over a frozen weight in 4 bits, on a GPU; and the same results without one."""
+
+from minilora.qlora.blockwise import Quantized
+from minilora.qlora.codebooks import FP4, INT4, NF4, Codebook
+from minilora.qlora.fast import dequantize, quantize
+from minilora.qlora.linear import NF4Linear, QLoRALinear
+
+__all__ = ["FP4", "INT4", "NF4", "Codebook", "NF4Linear", "QLoRALinear", "Quantized", "dequantize", "quantize"]

@@ -1,0 +1,21 @@
+"""Layer 2: the handwritten LoRA module in PyTorch, put into any model by name, saved as PEFT saves."""
+
+from minilora.torch_lora.config import LoRAConfig
+from minilora.torch_lora.inject import count_parameters, inject, match_targets, remove
+from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALinear, merged
+from minilora.torch_lora.peft_format import load_adapter, lora_layer, save_adapter
+
+__all__ = [
+    "LoRAConfig",
+    "LoRAConv1D",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "count_parameters",
+    "inject",
+    "load_adapter",
+    "lora_layer",
+    "match_targets",
+    "merged",
+    "remove",
+    "save_adapter",
+]

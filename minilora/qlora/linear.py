@@ -1,0 +1,128 @@
+"""QLoRA's layer: LoRA over a frozen linear layer whose weight is kept in 4 bits.
+
+    x, y       (*n, in), (*n, out)
+    W          exists in floats only while one product runs; then it is dropped, and made again for the backward
+
+    forward    y  = x Wᵀ + bias          with  W = dequantize(quantized)
+    backward   dx = dy W                 W is frozen: there is no dW
+
+Read before this file: torch_lora/layers, blockwise.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minilora.qlora.blockwise import NestedAbsmax, Quantized
+from minilora.qlora.codebooks import NF4, Codebook
+from minilora.qlora.fast import dequantize, quantize
+from minilora.torch_lora.layers import LoRALayer, LoRALinear
+
+
+class NF4Linear(nn.Module):
+    """A linear layer that keeps its weight in 4 bits: 4.127 bits a weight with the settings it has by default.
+
+        y = x Wᵀ + bias,  W = codebook[code] · absmax[block]          [QLoRA] eq. 5, its first term
+
+    Quantizes here, when it is made, and nowhere else. It has no parameters: everything in it is frozen. Units are
+    stored as their bits (int32), so that model.bfloat16() does not round them. Gradients flow to x.
+
+    Raises:
+        TypeError: if `linear` is not an nn.Linear.
+        ValueError: if its weight is empty or holds a NaN or an infinity, or the block size is impossible.
+
+    >>> layer = NF4Linear(nn.Linear(64, 32))
+    >>> layer, layer.packed.shape
+    (NF4Linear(in_features=64, out_features=32, nf4, block_size=64, 4.63 bits a weight), torch.Size([1024]))
+    """
+
+    packed: Tensor
+    absmax_bits: Tensor
+    absmax_codes: Tensor | None
+    offset_bits: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Module, codebook: Codebook = NF4, block_size: int = 64, *, double: bool = True):
+        super().__init__()
+        if not isinstance(linear, nn.Linear):
+            wrapped = isinstance(linear, LoRALayer)
+            hint = "take its adapter off first" if wrapped else "only the weight of an nn.Linear is quantized"
+            raise TypeError(f"NF4Linear is made from an nn.Linear; this is a {type(linear).__name__}: {hint}")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.codebook, self.block_size = codebook, block_size
+        quantized = quantize(linear.weight, codebook, block_size, double=double)
+        nested = quantized.absmax if isinstance(quantized.absmax, NestedAbsmax) else None
+        units = quantized.absmax if isinstance(quantized.absmax, Tensor) else quantized.absmax.absmax
+        self.register_buffer("packed", quantized.packed)
+        self.register_buffer("absmax_bits", units.view(torch.int32))
+        self.register_buffer("absmax_codes", nested.codes if nested else None)
+        self.register_buffer("offset_bits", nested.offset.view(torch.int32) if nested else None)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    @property
+    def quantized(self) -> Quantized:
+        """The weight as it is stored; no copy is made."""
+        absmax: Tensor | NestedAbsmax = self.absmax_bits.view(torch.float32)
+        if self.absmax_codes is not None and self.offset_bits is not None:
+            absmax = NestedAbsmax(self.absmax_codes, absmax, self.offset_bits.view(torch.float32))
+        shape = (self.out_features, self.in_features)
+        return Quantized(self.packed, absmax, self.codebook, self.block_size, shape)
+
+    def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """Give the weight as floats: a new tensor, which nothing here holds on to."""
+        return dequantize(self.quantized, dtype)
+
+    def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
+        y = _FrozenProduct.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        bits = self.quantized.bits_per_weight
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {self.codebook.name}, "
+            f"block_size={self.block_size}, {bits:.2f} bits a weight"
+        )
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x Wᵀ for a W that is made when needed: autograd keeps the 4-bit layer, not the floats."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dense_weight(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return dy @ ctx.layer.dense_weight(dy.dtype), None
+
+
+def QLoRALinear(
+    base: nn.Module,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    codebook: Codebook = NF4,
+    block_size: int = 64,
+    double: bool = True,
+    generator: torch.Generator | None = None,
+) -> LoRALinear:
+    """Wrap a linear layer in LoRA over 4 bits: a LoRALinear over an NF4Linear. There is nothing else to QLoRA's layer.
+
+        y = x dequantize(quantized)ᵀ + scaling · (x Aᵀ) Bᵀ            [QLoRA] eq. 5
+
+    A base that is an NF4Linear already is kept as it is.
+
+    Raises:
+        ValueError, TypeError: as LoRALinear and NF4Linear.
+    """
+    if not isinstance(base, NF4Linear | LoRALayer):
+        base = NF4Linear(base, codebook, block_size, double=double)
+    return LoRALinear(base, r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora, generator=generator)

@@ -1,0 +1,344 @@
+"""The handwritten LoRA layers: the base layer stays whole, and a low-rank bypass is added to what it returns.
+
+    base      the frozen module under the adapter: nn.Linear, nn.Embedding, GPT-2's Conv1D, or one that stores
+              its weight in another form and offers dense_weight(dtype)
+    A, B      trainable, float32, (r, in) and (out, r)        x    input, any leading axes
+    scaling   alpha / r, or alpha / √r under [rsLoRA]
+
+        h = base(x) + scaling · (dropout(x) Aᵀ) Bᵀ             [LoRA] eq. 3
+
+Read before this file: numpy_lora/forward, which is its oracle.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from minilora.torch_lora.config import LoRAConfig
+
+
+@runtime_checkable
+class StoresNoFloats(Protocol):
+    """A linear layer that keeps its weight in another form (4 bits, say) and can give it as floats."""
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor: ...
+
+
+def dense_weight(base: Any, dtype: torch.dtype) -> Float[Tensor, "..."]:
+    """Give a base layer's weight as floats, however it is stored."""
+    if isinstance(base, StoresNoFloats):
+        return base.dense_weight(dtype)
+    return base.weight.detach().to(dtype)
+
+
+class LoRALayer(nn.Module):
+    """What the three layers share: A and B, and folding them into the base and out again.
+
+    A new layer changes nothing, because one of its matrices is zero.
+
+    Raises:
+        ValueError: for an impossible r, alpha or dropout, or if the base is an adapter layer already.
+    """
+
+    base: Any  # an nn.Module, whose attributes depend on its kind
+    A: nn.Parameter
+    B: nn.Parameter
+    r: int
+    unmerged_weight: Tensor | None
+
+    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, config: LoRAConfig):
+        super().__init__()
+        if isinstance(base, LoRALayer):
+            raise ValueError(
+                f"this layer is wrapped already (a {type(base).__name__} with r={base.r}): "
+                "train that adapter on, or take it off first with remove(model)"
+            )
+        self.base = base.requires_grad_(False)
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+        self.r = config.r
+        self.alpha = config.alpha
+        self.dropout = config.dropout
+        self.use_rslora = config.use_rslora
+        self.scaling = config.scaling
+        self.register_buffer("unmerged_weight", None, persistent=False)
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the update is inside the base's weight now."""
+        return self.unmerged_weight is not None
+
+    def delta_weight(self) -> Float[Tensor, "rows columns"]:
+        """Form the update in the layout of the base's weight.
+
+        ΔW = scaling · B A, transposed where the base stores (in, out)
+        """
+        delta = self.scaling * self.B @ self.A
+        return delta.T if self.stores_in_by_out else delta
+
+    stores_in_by_out = False  # nn.Linear's weight is (out, in); the other two kinds store (in, out)
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Give what is trained, by our names."""
+        return {"A": self.A, "B": self.B}
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the update into the base's weight, in place.
+
+        W′ = W + ΔW, summed in float32 (or wider) and rounded once to W's dtype
+
+        W itself is kept beside it (as many bytes as W has), so that unmerge gives it back bit for bit.
+
+        Raises:
+            RuntimeError: if the layer is merged already.
+            TypeError: if the base does not store floats.
+            ValueError: if A or B holds a NaN or an infinity.
+        """
+        if self.is_merged:
+            raise RuntimeError("this layer is merged already: a second merge would add the update twice")
+        if isinstance(self.base, StoresNoFloats):
+            raise TypeError(
+                f"cannot merge into {type(self.base).__name__}: it does not store floats; "
+                "fused() gives a new layer of floats with the update in it"
+            )
+        merged = self._summed_weight(self.base.weight.dtype)
+        self.unmerged_weight = self.base.weight
+        self.base.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put back the weight that merge kept: bit for bit the one before it.
+
+        Raises:
+            RuntimeError: if the layer is not merged.
+        """
+        if self.unmerged_weight is None:
+            raise RuntimeError("this layer is not merged: there is nothing to undo")
+        kept, self.unmerged_weight = self.unmerged_weight, None
+        self.base.weight = kept if isinstance(kept, nn.Parameter) else nn.Parameter(kept, requires_grad=False)
+
+    @torch.no_grad()
+    def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Make a new layer of the base's kind, of floats, with the update in its weight; this one is left as it was.
+
+        The dtype is the base's own unless given. A base that stores no floats becomes an nn.Linear, of float32 unless
+        a dtype is given.
+        """
+        if isinstance(self.base, StoresNoFloats):
+            return self._fused_linear(dtype or torch.float32)
+        weight = self.base.weight
+        new_weight = weight.detach().clone() if self.is_merged else self._summed_weight(weight.dtype)
+        # deepcopy takes what its memo holds for an object instead of copying it: the old weight is never duplicated
+        layer = copy.deepcopy(self.base, {id(weight): nn.Parameter(new_weight, requires_grad=False)})
+        return layer if dtype is None else layer.to(dtype)
+
+    def _fused_linear(self, dtype: torch.dtype) -> nn.Linear:
+        bias = self.base.bias
+        linear = nn.Linear(self.base.in_features, self.base.out_features, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(self._summed_weight(dtype), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+        return linear
+
+    def _summed_weight(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+        wide = torch.promote_types(dtype, self.A.dtype)
+        delta = self.delta_weight()
+        if not torch.isfinite(delta).all():
+            raise ValueError(
+                "the update holds NaN or infinite values, so merging it would destroy the weight: "
+                "find the training step that made them (a smaller learning rate, gradient clipping)"
+            )
+        return (dense_weight(self.base, wide) + delta.to(wide)).to(dtype)
+
+    def extra_repr(self) -> str:
+        rslora = ", use_rslora=True" if self.use_rslora else ""
+        merged = ", merged" if self.is_merged else ""
+        return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}{rslora}{merged}"
+
+
+class LoRALinear(LoRALayer):
+    """LoRA over a linear layer, or over any base with in_features, out_features and dense_weight.
+
+        h = base(x) + scaling · (dropout(x) Aᵀ) Bᵀ             [LoRA] eq. 3
+
+    A and B stay in float32 and are cast to x's dtype. A is drawn from `generator` (torch's own where None).
+
+    Raises:
+        TypeError: if `base` is not a linear layer.
+        ValueError: as LoRALayer.
+
+    >>> layer = LoRALinear(nn.Linear(24, 16), r=4, alpha=8)
+    >>> [tuple(p.shape) for p in layer.parameters() if p.requires_grad]
+    [(4, 24), (16, 4)]
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        generator: torch.Generator | None = None,
+    ):
+        config = LoRAConfig(r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+        if not isinstance(base, nn.Linear | StoresNoFloats | LoRALayer):
+            raise TypeError(f"LoRALinear wraps a linear layer; this is a {type(base).__name__}{_other_layer(base)}")
+        A, B = _new_factors(base, *_features(base), config.r, generator)
+        super().__init__(base, A, B, config)
+
+    def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
+        if self.is_merged:
+            return self.base(x)
+        return self.base(x) + bypass(x, self.A, self.B, self.scaling, self.dropout, self.training)
+
+
+class LoRAConv1D(LoRALayer):
+    """LoRA over GPT-2's `Conv1D`: a linear layer that stores its weight as (in, out).
+
+    A and B are those of a linear layer; only ΔW is transposed. On a square weight nothing but the values tells a
+    forgotten transpose.
+
+    Raises:
+        TypeError: if `base` is not a Conv1D.
+        ValueError: as LoRALayer.
+    """
+
+    stores_in_by_out = True
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        generator: torch.Generator | None = None,
+    ):
+        config = LoRAConfig(r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+        if not (is_conv1d(base) or isinstance(base, LoRALayer)):
+            raise TypeError(f"LoRAConv1D wraps GPT-2's Conv1D; this is a {type(base).__name__}{_other_layer(base)}")
+        A, B = _new_factors(base, *_features(base), config.r, generator)
+        super().__init__(base, A, B, config)
+
+    forward = LoRALinear.forward
+
+
+class LoRAEmbedding(LoRALayer):
+    """LoRA over an embedding: A has a column for every token, B turns r numbers into a vector.
+
+        h = base(tokens) + scaling · A[:, tokens]ᵀ Bᵀ
+
+    Here A starts at zero and B is drawn from the normal distribution, as loralib and PEFT do. There is no dropout:
+    a token number has nothing to drop.
+
+    Raises:
+        TypeError: if `base` is not an nn.Embedding.
+        ValueError: as LoRALayer, or for a dropout above 0.
+    """
+
+    stores_in_by_out = True
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        generator: torch.Generator | None = None,
+    ):
+        config = LoRAConfig(r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+        if not isinstance(base, nn.Embedding | LoRALayer):
+            raise TypeError(f"LoRAEmbedding wraps an nn.Embedding; this is a {type(base).__name__}{_other_layer(base)}")
+        if dropout:
+            raise ValueError(f"dropout is {dropout}: an embedding's input is token numbers, so choose 0")
+        num_embeddings, dim = _features(base)
+        device = dense_weight(base, torch.float32).device
+        A = torch.zeros(r, num_embeddings, device=device)
+        B = torch.randn(dim, r, generator=generator).to(device)
+        super().__init__(base, A, B, config)
+
+    def forward(self, tokens: Int[Tensor, "*n"]) -> Float[Tensor, "*n dim"]:
+        rows = self.base(tokens)
+        if self.is_merged:
+            return rows
+        update = F.embedding(tokens, self.A.T, self.base.padding_idx) @ self.B.T
+        return rows + (self.scaling * update).to(rows.dtype)
+
+
+def bypass(
+    x: Float[Tensor, "*n in"],
+    A: Float[Tensor, "r in"],
+    B: Float[Tensor, "out r"],
+    scaling: float,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Float[Tensor, "*n out"]:
+    """Compute the low-rank part alone.
+
+    scaling · (dropout(x) Aᵀ) Bᵀ                            [LoRA] eq. 3, second term
+    """
+    u = F.dropout(x, dropout, training) @ A.to(x.dtype).T  # (*n, r)
+    return scaling * (u @ B.to(x.dtype).T)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell GPT-2's Conv1D, by its name and what it holds: transformers need not be installed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Merge every LoRA layer of a model (or one layer) for the length of a `with`, and unmerge them after it.
+
+    Layers that were merged before stay merged. The weights after it are, bit for bit, those before it, also where
+    the body, or one of the merges, raises.
+    """
+    with ExitStack() as undo:
+        for layer in model.modules():
+            if isinstance(layer, LoRALayer) and not layer.is_merged:
+                layer.merge()
+                undo.callback(layer.unmerge)
+        yield
+
+
+def _features(base: Any) -> tuple[int, int]:
+    if isinstance(base, LoRALayer):
+        return _features(base.base)
+    if isinstance(base, nn.Embedding) or is_conv1d(base):
+        rows, columns = base.weight.shape
+        return rows, columns
+    return base.in_features, base.out_features
+
+
+def _new_factors(
+    base: nn.Module, in_features: int, out_features: int, r: int, generator: torch.Generator | None
+) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
+    """A ~ U(−1/√in, 1/√in), B = 0, both float32, where the base is; numpy_lora/forward says why."""
+    device = next(iter([*base.parameters(), *base.buffers()])).device
+    A = torch.empty(r, in_features)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+    return A.to(device), torch.zeros(out_features, r, device=device)
+
+
+def _other_layer(base: nn.Module) -> str:
+    if isinstance(base, nn.Linear):
+        return ": use LoRALinear"
+    if isinstance(base, nn.Embedding):
+        return ": use LoRAEmbedding"
+    return ": use LoRAConv1D" if is_conv1d(base) else ", which none of the LoRA layers wraps"
