@@ -27,23 +27,25 @@ class NF4Linear(nn.Module):
 
         y = x Wᵀ + bias,  W = codebook[code] · absmax[block]          [QLoRA] eq. 5, its first term
 
-    Quantizes here, when it is made, and nowhere else. It has no parameters: everything in it is frozen. Units are
-    stored as their bits (int32), so that model.bfloat16() does not round them. Gradients flow to x.
+    Quantizes here, when it is made, and nowhere else. Everything in it is frozen; gradients flow to x.
+    Units are stored as their bits (int32), so that model.bfloat16() does not round them.
 
     Raises:
         TypeError: if `linear` is not an nn.Linear.
         ValueError: if its weight is empty or holds a NaN or an infinity, or the block size is impossible.
 
     >>> layer = NF4Linear(nn.Linear(64, 32))
-    >>> layer, layer.packed.shape
-    (NF4Linear(in_features=64, out_features=32, nf4, block_size=64, 4.63 bits a weight), torch.Size([1024]))
+    >>> layer
+    NF4Linear(in_features=64, out_features=32, nf4, block_size=64, 4.16 bits a weight)
+    >>> layer.packed.numel()  # bytes
+    1024
     """
 
     packed: Tensor
     absmax_bits: Tensor
     absmax_codes: Tensor | None
     offset_bits: Tensor | None
-    bias: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Module, codebook: Codebook = NF4, block_size: int = 64, *, double: bool = True):
         super().__init__()
@@ -54,20 +56,22 @@ class NF4Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.codebook, self.block_size = codebook, block_size
         quantized = quantize(linear.weight, codebook, block_size, double=double)
-        nested = quantized.absmax if isinstance(quantized.absmax, NestedAbsmax) else None
-        units = quantized.absmax if isinstance(quantized.absmax, Tensor) else quantized.absmax.absmax
+        absmax = quantized.absmax
+        nested = absmax if isinstance(absmax, NestedAbsmax) else None
+        units = absmax.absmax if isinstance(absmax, NestedAbsmax) else absmax
         self.register_buffer("packed", quantized.packed)
         self.register_buffer("absmax_bits", units.view(torch.int32))
         self.register_buffer("absmax_codes", nested.codes if nested else None)
         self.register_buffer("offset_bits", nested.offset.view(torch.int32) if nested else None)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     @property
     def quantized(self) -> Quantized:
         """The weight as it is stored; no copy is made."""
-        absmax: Tensor | NestedAbsmax = self.absmax_bits.view(torch.float32)
+        units = self.absmax_bits.view(torch.float32)
+        absmax: Tensor | NestedAbsmax = units
         if self.absmax_codes is not None and self.offset_bits is not None:
-            absmax = NestedAbsmax(self.absmax_codes, absmax, self.offset_bits.view(torch.float32))
+            absmax = NestedAbsmax(self.absmax_codes, units, self.offset_bits.view(torch.float32))
         shape = (self.out_features, self.in_features)
         return Quantized(self.packed, absmax, self.codebook, self.block_size, shape)
 

@@ -63,7 +63,7 @@ def match_targets(model: nn.Module, targets: Target | Sequence[Target]) -> dict[
         ValueError: naming every target that hits nothing, with the names that are near and those that exist.
     """
     modules = {name: module for name, module in _outer_modules(model).items() if name}
-    listed: Sequence[Target] = [targets] if isinstance(targets, Target) else targets
+    listed: Sequence[Target] = [targets] if isinstance(targets, str | re.Pattern) else targets
     hits = {
         target if isinstance(target, str) else target.pattern: [
             name for name, module in modules.items() if _is_hit(target, name, module, model)

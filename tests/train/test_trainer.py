@@ -1,0 +1,193 @@
+"""The loop: what it computes, what it tells, and how it stops."""
+
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minilora.train.data import IGNORED, collate, mask_prompt
+from minilora.train.trainer import Step, Training, loss_of, progress_bar, train, warmup_then_decay
+
+
+class TinyModel(nn.Module):
+    """A language model with a memory of one token, shaped as `train` wants it: `.model` and `.lm_head`."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Embedding(12, 16), nn.Dropout(0.5))
+        self.lm_head = nn.Linear(16, 12, bias=False)
+
+
+@pytest.fixture
+def batch():
+    return collate([mask_prompt([1, 2], [3, 4, 5], eos=0), mask_prompt([6], [7], eos=0)], pad=0)
+
+
+def test_the_loss_is_the_one_over_all_positions_with_the_mask(batch):
+    model = TinyModel().eval()
+    logits = model.lm_head(model.model(batch.tokens))[:, :-1]
+    everywhere = F.cross_entropy(logits.transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORED)
+
+    torch.testing.assert_close(loss_of(model, batch), everywhere, rtol=1e-6, atol=0)
+
+
+def test_the_loss_is_float32_over_a_bfloat16_model(batch):
+    assert loss_of(TinyModel().bfloat16(), batch).dtype == torch.float32
+
+
+def test_what_carries_no_loss_gets_no_logits(batch):
+    model, seen = TinyModel(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    loss_of(model, batch)
+
+    assert seen == [((batch.labels[:, 1:] != IGNORED).sum(), 12)]
+
+
+def test_the_loop_is_adamw_with_clipped_gradients(batch):
+    torch.manual_seed(0)
+    ours, reference = TinyModel().eval(), TinyModel().eval()
+    reference.load_state_dict(ours.state_dict())
+    ours.model[1].p = reference.model[1].p = 0.0
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.1)
+    for factor in (0.5, 1.0, 0.75):
+        optimizer.param_groups[0]["lr"] = 0.1 * factor
+        loss_of(reference, batch).backward()
+        nn.utils.clip_grad_norm_(reference.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    factors = {1: 0.5, 2: 1.0, 3: 0.75}
+    train(ours, [batch] * 3, torch.optim.AdamW(ours.parameters(), lr=0.1), factors.__getitem__, max_grad_norm=0.3)
+
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_training_learns(batch):
+    model = TinyModel()
+    training = train(model, [batch] * 60, torch.optim.AdamW(model.parameters(), lr=0.05))
+
+    assert training.steps[-1].loss < training.steps[0].loss / 10
+
+
+def test_listeners_hear_of_every_step(batch):
+    model, heard = TinyModel(), []
+    schedule = warmup_then_decay(n_steps=5, n_warmup=1)
+    train(model, [batch] * 5, torch.optim.AdamW(model.parameters(), lr=0.2), schedule, listeners=[heard.append])
+
+    assert [step.number for step in heard] == [1, 2, 3, 4, 5]
+    assert [step.lr for step in heard] == pytest.approx([0.1, 0.2, 0.15, 0.1, 0.05])
+    assert {step.n_tokens for step in heard} == {batch.tokens.numel()}
+    assert {step.n_steps for step in heard} == {5}
+
+
+def test_every_group_keeps_its_own_rate(batch):
+    model = TinyModel()
+    groups = [{"params": model.lm_head.parameters(), "lr": 0.1}, {"params": model.model.parameters(), "lr": 0.4}]
+    optimizer = torch.optim.AdamW(groups)
+    rates = []
+    train(model, [batch], optimizer, lambda number: 0.5, listeners=[lambda step: rates.extend(g["lr"] for g in groups)])
+
+    assert rates == [0.05, 0.2]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.4]  # and gets it back afterwards
+
+
+def test_the_progress_bar_shows_loss_speed_and_rate(batch, capsys):
+    with progress_bar(2) as listen:
+        listen(Step(number=1, n_steps=2, loss=1.25, grad_norm=0.1, lr=1e-3, n_tokens=512, seconds=0.5))
+
+    assert "loss 1.250, 1,024 tokens/s, lr 1.0e-03" in capsys.readouterr().err
+
+
+def test_ctrl_c_finishes_the_step_and_returns_what_was_trained(batch):
+    model = TinyModel()
+
+    def press_ctrl_c_at_step_three(step):
+        if step.number == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    optimizer = torch.optim.AdamW(model.parameters())
+    training = train(model, [batch] * 10, optimizer, listeners=[press_ctrl_c_at_step_three])
+
+    assert len(training.steps) == 3
+    assert str(training) == "stopped by Ctrl-C after 3 of 10 steps; the model keeps what it has learnt so far"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_in_the_middle_of_a_step_does_not_tear_it(batch):
+    ours, reference = TinyModel(), TinyModel()
+    reference.load_state_dict(ours.state_dict())
+    ours.model[1].p = reference.model[1].p = 0.0
+    ours.lm_head.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+    assert len(train(ours, [batch] * 10, torch.optim.AdamW(ours.parameters())).steps) == 1
+
+    train(reference, [batch], torch.optim.AdamW(reference.parameters()))
+    assert torch.equal(ours.lm_head.weight, reference.lm_head.weight)
+
+
+def test_a_second_ctrl_c_breaks_off(batch):
+    model = TinyModel()
+
+    def press_twice(step):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [batch] * 10, torch.optim.AdamW(model.parameters()), listeners=[press_twice])
+
+
+def test_a_nan_never_reaches_the_weights(batch):
+    model = TinyModel()
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    before = model.model[0].weight.clone()
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 1.*lower the learning rate"):
+        train(model, [batch], optimizer, lambda number: 0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert torch.equal(model.model[0].weight, before)
+
+
+def test_dropout_is_on_while_training_and_back_afterwards(batch):
+    model, modes = TinyModel().eval(), []
+    train(model, [batch], torch.optim.AdamW(model.parameters()), listeners=[lambda step: modes.append(model.training)])
+
+    assert modes == [True] and not model.training
+
+
+def test_a_frozen_weight_stays(batch):
+    model = TinyModel()
+    model.model.requires_grad_(False)
+    before = model.model[0].weight.clone()
+    train(model, [batch] * 3, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+
+    assert torch.equal(model.model[0].weight, before)
+
+
+def test_a_warm_up_longer_than_the_training_is_refused():
+    with pytest.raises(ValueError, match=r"warm up for 10 of 10 steps: choose n_warmup from 0 to 9"):
+        warmup_then_decay(n_steps=10, n_warmup=10)
+
+
+def test_the_schedule_never_rests_at_zero():
+    schedule = warmup_then_decay(n_steps=100, n_warmup=10)
+
+    assert all(0 < schedule(number) <= 1 for number in range(1, 101))
+    assert max(range(1, 101), key=schedule) == 11
+
+
+def test_a_finished_training_says_what_it_took():
+    steps = [Step(n, 2, loss=1.0, grad_norm=1.0, lr=0.1, n_tokens=8, seconds=1.5) for n in (1, 2)]
+
+    assert str(Training(steps)) == "2 steps in 3 s"
+
+
+def test_no_batches_is_no_steps():
+    model = TinyModel()
+
+    assert train(model, [], torch.optim.AdamW(model.parameters())).steps == []
