@@ -80,14 +80,18 @@ def nearest(x: Float32[ndarray, "..."], codebook: Float32[ndarray, "size"]) -> U
     return np.searchsorted(middles, x, side="left").astype(np.uint8)
 
 
-def pack(codes: UInt8[ndarray, "n"]) -> UInt8[ndarray, "bytes"]:
-    """Put two codes into each byte, the first in the high nibble; an odd last one is followed by a 0.
+def pack(codes: UInt8[ndarray, "codes"]) -> UInt8[ndarray, "bytes"]:
+    """Put two codes into each byte, the first in the high nibble.
 
-    >>> [hex(byte) for byte in pack(np.array([1, 2, 15], dtype=np.uint8))]
+    Raises:
+        ValueError: if the number of codes is odd.
+
+    >>> [hex(byte) for byte in pack(np.array([1, 2, 15, 0], dtype=np.uint8))]
     ['0x12', '0xf0']
     """
-    even = np.append(codes, np.uint8(0)) if len(codes) % 2 else codes
-    return even[0::2] << 4 | even[1::2]
+    if codes.size % 2:
+        raise ValueError(f"cannot pack {codes.size} codes two to a byte: add one that is left out after unpacking")
+    return codes[0::2] << 4 | codes[1::2]
 
 
 def unpack(packed: UInt8[ndarray, "bytes"], count: int) -> UInt8[ndarray, "count"]:
@@ -116,7 +120,8 @@ def quantize(
     absmax = _block_absmax(flat, block_size)
     unit = np.float32(1) / np.maximum(absmax, SMALLEST_UNIT)
     scaled = np.clip(flat * np.repeat(unit, block_size)[: flat.size], np.float32(-1), np.float32(1))
-    return pack(nearest(scaled, nf4_codebook())), absmax
+    even = np.pad(scaled, (0, flat.size % 2))  # the free nibble behind an odd count holds the code of 0
+    return pack(nearest(even, nf4_codebook())), absmax
 
 
 def dequantize(

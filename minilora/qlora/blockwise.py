@@ -74,7 +74,8 @@ def quantize(
     flat = w.detach().float().reshape(-1)
     scaled, absmax = scale_blocks(flat, block_size)
     thresholds, order = codebook.sorted_by_value(w.device)
-    places = torch.bucketize(scaled, thresholds)  # halfway between two, the lower
+    even = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))  # the free nibble behind an odd count codes a 0
+    places = torch.bucketize(even, thresholds)  # halfway between two, the lower
     packed = pack(order[places].to(torch.uint8))
     return Quantized(packed, double_quantize(absmax) if double else absmax, codebook, block_size, tuple(w.shape))
 
@@ -117,10 +118,9 @@ def block_units(quantized: Quantized) -> Float32[Tensor, "blocks"]:
     return quantized.absmax if isinstance(quantized.absmax, Tensor) else double_dequantize(quantized.absmax)
 
 
-def pack(codes: UInt8[Tensor, "n"]) -> UInt8[Tensor, "bytes"]:
-    """Put two codes into each byte, the first in the high nibble; an odd last one is followed by a 0."""
-    even = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
-    return even[0::2] << 4 | even[1::2]
+def pack(codes: UInt8[Tensor, "codes"]) -> UInt8[Tensor, "bytes"]:
+    """Put two codes into each byte, the first in the high nibble."""
+    return codes[0::2] << 4 | codes[1::2]
 
 
 def unpack(packed: UInt8[Tensor, "bytes"], count: int) -> UInt8[Tensor, "n"]:

@@ -80,8 +80,7 @@ class NF4Linear(nn.Module):
         return dequantize(self.quantized, dtype)
 
     def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
-        y = _FrozenProduct.apply(x, self)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return _FrozenProduct.apply(x, self)
 
     def extra_repr(self) -> str:
         bits = self.quantized.bits_per_weight
@@ -92,12 +91,13 @@ class NF4Linear(nn.Module):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x Wᵀ for a W that is made when needed: autograd keeps the 4-bit layer, not the floats."""
+    """x Wᵀ + bias for a W that is made when needed: autograd keeps the 4-bit layer, not the floats."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dense_weight(x.dtype))
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, layer.dense_weight(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]

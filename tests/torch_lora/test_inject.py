@@ -127,7 +127,7 @@ def test_targets_that_hit_nothing_are_all_named_with_near_names():
         inject(model, ["qproj", "q_proj", "wv"], lora)
     assert str(error.value) == (
         "no module is named ['qproj', 'wv']; this model's linear layers are ['lm_head', 'q_proj', 'up_proj', 'v_proj']"
-        "; did you mean 'q_proj' or 'up_proj' for 'qproj'?"
+        "; did you mean 'q_proj' or 'v_proj' for 'qproj'?"
     )
     assert fingerprint(model) == before
 
