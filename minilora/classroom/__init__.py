@@ -1,0 +1,9 @@
+"""What only the lessons need: exercises that explain, figures with sliders, and the builder of the notebooks.
+
+    exercises     check, hint, predict, settle      evidence       claim, expect_bug
+    explorer      show, explorer                    plots          every figure, numbers in, Figure out
+    instrumented  an array that logs what is made   progress       the learner's local file
+    build         lessons/ → notebooks/
+
+`lessons/README.md` says how a lesson is written with them. Imports nothing.
+"""

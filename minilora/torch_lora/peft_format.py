@@ -31,11 +31,12 @@ from minilora.torch_lora.inject import (
     freeze_all_but_adapters,
     inject,
 )
-from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, is_conv1d
+from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, dense_weight, is_conv1d
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LINEAR_SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
+BASE_COPY_SUFFIX = ".base_layer.weight"  # PEFT puts a copy of an adapted input embedding beside its matrices
 EMBEDDING_SUFFIXES = {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
 CONFIG_LIMIT_BYTES = 1_000_000
 
@@ -222,8 +223,8 @@ def _config_problems(config: dict[str, object]) -> list[str]:
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         problems.append(f"init_lora_weights = {init!r}: it moves part of the base's weight into the adapter")
-    for key in ("lora_alpha", "lora_dropout"):
-        value = config.get(key, 0.0)
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        value = config.get(key, 0)
         if isinstance(value, bool) or not isinstance(value, int | float):
             problems.append(f"{key} = {value!r}: a number is needed")
     return problems
@@ -251,7 +252,9 @@ def _by_layer(model: nn.Module, tensors: dict[str, Tensor], r: int) -> dict[str,
         suffix = next((s for s in suffixes if key.endswith(s)), "")
         name = key.removeprefix(PREFIX).removesuffix(suffix) if suffix and key.startswith(PREFIX) else ""
         ours = "A" if suffix in (LINEAR_SUFFIXES["A"], EMBEDDING_SUFFIXES["A"]) else "B"
-        if not name:
+        if key.startswith(PREFIX) and key.endswith(BASE_COPY_SUFFIX):
+            problems += _base_copy_problems(model, key, tensor)
+        elif not name:
             problems.append(f"{key}: not the name of a LoRA matrix")
         elif (name, suffix) not in expected:
             problems.append(f"{key}: the model has no layer of that name and kind")
@@ -268,6 +271,15 @@ def _by_layer(model: nn.Module, tensors: dict[str, Tensor], r: int) -> dict[str,
     if problems or not by_layer:
         raise ValueError("this adapter does not fit the model:\n  " + "\n  ".join(sorted(problems) or ["it is empty"]))
     return by_layer
+
+
+def _base_copy_problems(model: nn.Module, key: str, copy: Tensor) -> list[str]:
+    """A copy of a base weight tells nothing new where it equals the model's own; otherwise the base is another one."""
+    module = dict(model.named_modules()).get(key.removeprefix(PREFIX).removesuffix(BASE_COPY_SUFFIX))
+    base = module.base if isinstance(module, LoRALayer) else module
+    if isinstance(base, nn.Embedding) and torch.equal(dense_weight(base, copy.dtype), copy):
+        return []
+    return [f"{key}: not the model's own weight: it was trained or resized, which this reader does not follow"]
 
 
 def _expected_shapes(model: nn.Module, r: int) -> dict[tuple[str, str], tuple[int, int]]:

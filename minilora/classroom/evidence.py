@@ -1,0 +1,64 @@
+"""Sentences that are run: a claim with its verdict, and a bug that still bites.
+
+A lesson that quotes a fact or shows a failure keeps the code that proves it. When the code stops proving it,
+the notebook fails: neither a verdict nor a bug can go stale unseen.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+
+VERDICTS = ("holds", "holds when", "does not hold")
+
+
+def claim(fact: str, *, source: str, cases: bool | Mapping[str, bool], found: str, verdict: str) -> None:
+    """Print a quoted fact, what our own computation found, and the verdict that follows.
+
+    `cases` is what was computed: one truth value, or one for each named case. All true: the fact "holds"; none:
+    it "does not hold"; some: it "holds when" those. `verdict` is what the lesson says, and must be the same.
+
+    Raises:
+        ValueError: if `verdict` is not one of the three.
+        AssertionError: if the cases no longer lead to that verdict.
+
+    >>> claim("At r = d, B A has as many parameters as W.", source="an article",
+    ...       cases=2 * 64 * 64 == 64 * 64, found="r = d = 64: 8,192 against 4,096", verdict="does not hold")
+    Claim    At r = d, B A has as many parameters as W.
+             (an article)
+    Found    r = d = 64: 8,192 against 4,096
+    Verdict  DOES NOT HOLD
+    """
+    if verdict not in VERDICTS:
+        raise ValueError(f"no verdict is called {verdict!r}: choose one of {list(VERDICTS)}")
+    named = dict(cases) if isinstance(cases, Mapping) else {"": bool(cases)}
+    true, false = (
+        [name for name, is_true in named.items() if is_true],
+        [n for n, is_true in named.items() if not is_true],
+    )
+    computed = "holds" if not false else "does not hold" if not true else "holds when"
+    if computed != verdict:
+        raise AssertionError(f"the verdict on “{fact}” was {verdict!r}; the code now says {computed!r}: {named}")
+    detail = f" {', '.join(true)}; not when {', '.join(false)}" if verdict == "holds when" else ""
+    print(f"Claim    {fact}\n         ({source})\nFound    {found}\nVerdict  {verdict.upper()}{detail}")
+
+
+@contextlib.contextmanager
+def expect_bug(error: type[Exception], match: str = "") -> Iterator[None]:
+    """Run code that must fail, and print how; fail if it does not.
+
+    Raises:
+        AssertionError: if nothing is raised, or the message does not match: the bug no longer bites.
+
+    >>> with expect_bug(ZeroDivisionError, match="division"):
+    ...     1 / 0
+    ZeroDivisionError, as announced: division by zero
+    """
+    try:
+        yield
+    except error as caught:
+        if not re.search(match, str(caught)):
+            raise AssertionError(f"expected a {error.__name__} that matches {match!r}, got: {caught}") from caught
+        first_line = (str(caught).strip().splitlines() or [""])[0]
+        print(f"{type(caught).__name__}, as announced: {first_line}")
+    else:
+        raise AssertionError(f"expected a {error.__name__} that matches {match!r}, but nothing was raised")

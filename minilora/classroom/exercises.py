@@ -1,0 +1,522 @@
+"""Exercises that explain: `check` runs the learner's own function and says what it looks like.
+
+An answer goes down a ladder: what was tested, what came back, what it looks like, where the hint is. "Looks like" is a
+fingerprint: an answer that equals a catalogued bug's on every input carries that bug's name. For that the inputs
+must be generic (in ≠ out, r ≠ alpha, B ≠ 0): with r = alpha a forgotten alpha / r cannot be seen.
+
+The exercises of lesson 03 are the list `EXERCISES` in `lessons/03_…/exercises.py`; `lessons/README.md` says how one is
+written. The folder `lessons` is the one that `MINILORA_LESSONS` names, or above the working directory, or beside us.
+"""
+
+import copy
+import dis
+import functools
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+
+from minilora.classroom.progress import is_strict, read_progress, record
+
+Case = dict[str, Any]  # one set of inputs, by parameter name in the order of the function's parameters
+VISIBLE_SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bug:
+    """A wrong answer that learners really give, as a function, with one sentence of why it is wrong."""
+
+    name: str
+    function: Callable
+    why: str
+    link: str = ""  # the part of the lesson that explains it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Property:
+    """Something that must be true of any right answer: `test` returns None, or what came back instead."""
+
+    name: str
+    test: Callable[[Callable, Case], str | None]
+
+
+def call(function: Callable, case: Case) -> Any:
+    """What an exercise observes unless it says otherwise: the value of the function on the inputs, in order."""
+    return function(*case.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exercise:
+    """What is asked and how it is checked."""
+
+    id: str  # "03.1"
+    title: str
+    asks: str  # the signature and what it returns, in one line
+    points: int
+    minutes: int
+    difficulty: Literal[1, 2, 3]
+    importance: Literal[1, 2, 3]
+    reference: Callable
+    generate: Callable[[np.random.Generator], Case]
+    observe: Callable[[Callable, Case], Any] = call
+    outputs: tuple[str, ...] = ()  # names of what the function returns, where it returns several things
+    tolerance: float | None = 1e-5  # of the largest entry, so that float32 passes; 0 = exact; None = only properties
+    properties: tuple[Property, ...] = ()
+    hints: tuple[str, ...] = ()
+    bugs: tuple[Bug, ...] = ()
+    hidden: int = 0  # checks that only a grader runs, on inputs from a seed that is not published
+
+    def bug(self, name: str) -> Callable:
+        """The function of a catalogued bug, for a lesson that shows what it does."""
+        for bug in self.bugs:
+            if bug.name == name:
+                return bug.function
+        raise KeyError(f"exercise {self.id} knows no bug {name!r}; it knows {[bug.name for bug in self.bugs]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """The ladder: what was tested, what came back, what it looks like (if it equals one catalogued bug)."""
+
+    tested: str
+    returned: str
+    bug: Bug | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a check found. Shown by `check` itself, so a cell that ends in it shows it once."""
+
+    exercise: Exercise
+    status: Literal["passed", "failed", "not started"]
+    function: Callable  # the learner's where it passes, else the reference: what the lesson goes on with
+    tested: tuple[str, ...] = ()
+    failure: Failure | None = None
+    message: str = field(default="", repr=False)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every visible check passed."""
+        return self.status == "passed"
+
+    def _ipython_display_(self) -> None:
+        """Nothing: `check` has printed the message already."""
+
+
+class CheckFailed(AssertionError):
+    """A check that failed under `MINILORA_STRICT=1`; the text is the message a learner would read."""
+
+
+def check(exercise_id: str, function: Callable) -> Result:
+    """Try a function against an exercise and print what was found.
+
+    The result's `function` is yours where it passes, else the reference: the lesson goes on with it.
+
+    Raises:
+        KeyError: if there is no such exercise (names those that exist).
+        CheckFailed: under `MINILORA_STRICT=1`, if it does not pass.
+    """
+    exercise = find_exercise(exercise_id)
+    result = examine(exercise, function)
+    record("exercises", exercise.id, attempts=None, status=result.status)
+    if is_strict() and not result.passed:
+        raise CheckFailed(result.message)
+    print(result.message)
+    return result
+
+
+def examine(exercise: Exercise, function: Callable, seeds: Sequence[int] = VISIBLE_SEEDS) -> Result:
+    """Try a function against an exercise on the inputs of these seeds; print nothing, record nothing."""
+    cases = [exercise.generate(np.random.default_rng(seed)) for seed in seeds]
+    if is_stub(function) or any(_is_unfinished(_outcome(exercise, function, case)) for case in cases[:1]):
+        result = Result(exercise=exercise, status="not started", function=exercise.reference)
+    else:
+        tested, failure = _first_failure(exercise, function, cases)
+        if failure is None:
+            result = Result(exercise=exercise, status="passed", function=function, tested=tested)
+        else:
+            named = Failure(
+                tested=failure.tested, returned=failure.returned, bug=_fingerprint(exercise, function, cases)
+            )
+            result = Result(
+                exercise=exercise, status="failed", function=exercise.reference, tested=tested, failure=named
+            )
+    return Result(**{**vars(result), "message": _message(result)})
+
+
+def is_stub(function: Callable) -> bool:
+    """Whether a function's body is only `...`, `pass` or a docstring.
+
+    >>> def todo(x):
+    ...     "To be written."
+    ...     ...
+    >>> is_stub(todo), is_stub(len)
+    (True, False)
+    """
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return False
+    meant = [op for op in dis.get_instructions(code) if op.opname not in ("RESUME", "NOP", "CACHE")]
+    trivial = {"LOAD_CONST", "RETURN_CONST", "RETURN_VALUE"}
+    return all(op.opname in trivial for op in meant) and not any(
+        op.opname in ("LOAD_CONST", "RETURN_CONST") and op.argval not in (None, ...) for op in meant
+    )
+
+
+# ----------------------------------------------------------------------------------------------- running and comparing
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The value that came back, or the exception that was raised; and the names of inputs that were changed."""
+
+    value: Any = None
+    error: Exception | None = None
+    changed: tuple[str, ...] = ()
+
+
+def _outcome(exercise: Exercise, function: Callable, case: Case) -> _Outcome:
+    given = copy.deepcopy(case)
+    try:
+        with np.errstate(all="ignore"):  # an answer that overflows is judged by its values
+            value = exercise.observe(function, given)
+    except Exception as error:
+        return _Outcome(error=error)
+    return _Outcome(value, changed=tuple(name for name in case if _was_changed(case[name], given[name])))
+
+
+def _was_changed(before: Any, after: Any) -> bool:
+    return hasattr(before, "shape") and hasattr(before, "dtype") and _difference(before, after, 0.0) is not None
+
+
+def _is_unfinished(outcome: _Outcome) -> bool:
+    value = outcome.value
+    parts = value if isinstance(value, tuple) else (value,)
+    return isinstance(outcome.error, NotImplementedError) or any(part is ... for part in parts)
+
+
+def _leaves(value: Any, names: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:
+    """The arrays, numbers and words inside a value, by name: {"dA": …} or {"[0]": …}."""
+    if isinstance(value, Mapping):
+        items = [(f"{prefix}{key}", item) for key, item in value.items()]
+    elif isinstance(value, (tuple, list)):
+        found = names if len(names) == len(value) else [f"[{i}]" for i in range(len(value))]
+        items = [(f"{prefix}{name}", item) for name, item in zip(found, value, strict=True)]
+    else:
+        return {prefix: value}
+    return {name: leaf for key, item in items for name, leaf in _leaves(item, prefix=key).items()}
+
+
+def _as_array(value: Any) -> np.ndarray | None:
+    """The numbers in an array, a tensor or a number; None where there are none."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.double().numpy() if value.is_floating_point() else value.numpy()
+    if isinstance(value, (np.ndarray, np.generic, int, float, complex)):
+        array = np.asarray(value)
+        return array if array.dtype.kind in "biufc" else None
+    return None
+
+
+def _difference(want: Any, got: Any, tolerance: float) -> str | None:
+    """None where the two agree within `tolerance` · the largest wanted entry; else what is different."""
+    wanted, given = _as_array(want), _as_array(got)
+    if wanted is None:
+        try:
+            return None if bool(want == got) else f"returned {got!r:.80}"
+        except Exception:
+            return f"returned {got!r:.80}"
+    if given is None:
+        return "returned None: is there a `return`?" if got is None else f"returned a {type(got).__name__}, not numbers"
+    if given.shape != wanted.shape:
+        return f"has shape {given.shape}, expected {wanted.shape}"
+    if wanted.size == 0 or np.array_equal(wanted, given, equal_nan=wanted.dtype.kind in "fc"):
+        return None
+    distance = np.abs(given - wanted) if wanted.dtype.kind != "b" else (given != wanted).astype(float)
+    if not np.isfinite(given).all():
+        return f"holds {np.sum(~np.isfinite(given))} values that are NaN or infinite"
+    largest = float(np.max(np.abs(wanted)))
+    if float(np.max(distance)) <= tolerance * largest:
+        return None
+    where = np.unravel_index(int(np.argmax(distance)), distance.shape)
+    at = f" at [{', '.join(str(int(i)) for i in where)}]" if where else ""
+    return f"differs by up to {float(np.max(distance)):.3g}{at}, where entries reach {largest:.3g}"
+
+
+def _compare(exercise: Exercise, want: Any, got: Any, tolerance: float) -> str | None:
+    """One line for each output, as in a lab book: right, or how it is wrong. None where all are right."""
+    wanted, given = _leaves(want, exercise.outputs), _leaves(got, exercise.outputs)
+    if wanted.keys() != given.keys():
+        if got is None:
+            return "None: is there a `return`?"
+        return f"{_kind(got)}; expected {_kind(want)}" + (
+            f" ({', '.join(exercise.outputs)})" if exercise.outputs else f" with {', '.join(wanted) or 'one value'}"
+        )
+    problems = {name: _difference(wanted[name], given[name], tolerance) for name in wanted}
+    if not any(problems.values()):
+        return None
+    if len(problems) == 1:
+        return "a result that " + str(next(iter(problems.values())))
+    return "\n".join(f"{name}: {problem or 'right'}" for name, problem in problems.items())
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"{len(value)} values"
+    return f"a {type(value).__name__}" + (f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else "")
+
+
+# ---------------------------------------------------------------------------------------------------------- the ladder
+
+
+def _first_failure(exercise: Exercise, function: Callable, cases: list[Case]) -> tuple[tuple[str, ...], Failure | None]:
+    """What passed, in order, and the first thing that did not."""
+    tested: list[str] = []
+    for case in cases:
+        outcome = _outcome(exercise, function, case)
+        if outcome.error is not None:
+            return tuple(tested), Failure(tested=f"it runs on {describe(case)}", returned=_raised(outcome.error))
+        if outcome.changed:
+            returned = f"{', '.join(outcome.changed)} changed in place: work on a copy"
+            return tuple(tested), Failure(tested="the inputs are left as they were", returned=returned)
+        if exercise.tolerance is not None:
+            want = _outcome(exercise, exercise.reference, case)
+            if want.error is not None:
+                raise want.error
+            problem = _compare(exercise, want.value, outcome.value, exercise.tolerance)
+            if problem:
+                return tuple(tested), Failure(tested=f"the values on {describe(case)}", returned=problem)
+    tested.append("it runs, and leaves its inputs as they were")
+    if exercise.tolerance is not None:
+        tested.append(f"the values on {len(cases)} random inputs, like {describe(cases[0])}")
+    for prop in exercise.properties:
+        problem = _property_problem(prop, function, cases)
+        if problem is not None:
+            return tuple(tested), Failure(tested=prop.name, returned=problem)
+        tested.append(prop.name)
+    return tuple(tested), None
+
+
+def _property_problem(prop: Property, function: Callable, cases: list[Case]) -> str | None:
+    for case in cases:
+        try:
+            with np.errstate(all="ignore"):
+                problem = prop.test(function, copy.deepcopy(case))
+        except Exception as error:
+            return _raised(error)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _fingerprint(exercise: Exercise, function: Callable, cases: list[Case]) -> Bug | None:
+    """The one catalogued bug that answers as the function does, on every input and in every property."""
+    broken = _broken_properties(exercise, function, cases)
+    alike = [
+        bug
+        for bug in exercise.bugs
+        if all(
+            _same(exercise, _outcome(exercise, bug.function, case), _outcome(exercise, function, case))
+            for case in cases
+        )
+        and _broken_properties(exercise, bug.function, cases) == broken
+    ]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _broken_properties(exercise: Exercise, function: Callable, cases: list[Case]) -> set[str]:
+    return {prop.name for prop in exercise.properties if _property_problem(prop, function, cases) is not None}
+
+
+def _same(exercise: Exercise, left: _Outcome, right: _Outcome) -> bool:
+    if left.error is not None or right.error is not None:
+        return type(left.error) is type(right.error) and str(left.error) == str(right.error)
+    tolerance = 1e-5 if exercise.tolerance is None else exercise.tolerance
+    return left.changed == right.changed and _compare(exercise, left.value, right.value, tolerance) is None
+
+
+def describe(case: Case) -> str:
+    """The inputs in a few words.
+
+    >>> describe({"x": np.zeros((5, 12)), "alpha": 8})
+    'x (5, 12), alpha = 8'
+    """
+    words = []
+    for name, value in case.items():
+        if hasattr(value, "shape"):
+            words.append(f"{name} {tuple(value.shape)}")
+        elif isinstance(value, (int, float, str, bool)):
+            words.append(f"{name} = {value}")
+        else:
+            words.append(f"{name}: {type(value).__name__}")
+    return ", ".join(words)
+
+
+def _raised(error: Exception) -> str:
+    """The exception, and the learner's own line that raised it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    line = f"\nin the line: {own[-1].line}" if own and own[-1].line else ""
+    return f"{type(error).__name__}: {error}{line}"
+
+
+def _message(result: Result) -> str:
+    exercise = result.exercise
+    head = f"{exercise.id}  {exercise.title}"
+    if result.status == "not started":
+        return (
+            f"·  {head}: not started ({exercise.minutes} minutes)\n   asked     {exercise.asks}\n"
+            f"   help      hint({exercise.id!r}) gives the first of {len(exercise.hints)} steps\n"
+            "   The lesson goes on with the reference."
+        )
+    lines = [f"   ✓ {tested}" for tested in result.tested]
+    if result.failure is None:
+        unseen = f" visible checks passed, {exercise.hidden} hidden" if exercise.hidden else " checks passed"
+        return "\n".join([f"✓  {head}: {len(lines)}{unseen}", *lines, "   The lesson goes on with your function."])
+    failure = result.failure
+    looks = f"{failure.bug.name}: {failure.bug.why}" if failure.bug else "none of the mistakes we know"
+    if failure.bug and failure.bug.link:
+        looks += f" (see: {failure.bug.link})"
+    ladder = {"tested": failure.tested, "returned": failure.returned, "looks like": looks}
+    ladder["help"] = f"hint({exercise.id!r}) gives the next of {len(exercise.hints)} steps"
+    told = [f"   {name:<10}" + text.replace("\n", "\n" + " " * 13) for name, text in ladder.items()]
+    return "\n".join([f"✗  {head}: not yet", *lines, *told, "   The lesson goes on with the reference."])
+
+
+# ------------------------------------------------------------------------------------------------------ hints and bets
+
+
+def hint(exercise_id: str) -> None:
+    """Print the next hint of an exercise; each call goes one step further."""
+    exercise = find_exercise(exercise_id)
+    _hints_taken[exercise.id] = step = _hints_taken.get(exercise.id, 0) + 1
+    if step > len(exercise.hints):
+        print(
+            f"There are only {len(exercise.hints)} hints; the worked solution is in the full notebook of this lesson."
+        )
+        return
+    record("hints", exercise.id, taken=step)
+    print(f"Hint {step} of {len(exercise.hints)} for {exercise.id}: {exercise.hints[step - 1]}")
+
+
+_hints_taken: dict[str, int] = {}
+_bets: dict[str, Any] = {}
+
+
+def predict(name: str, question: str, *, choices: Sequence[str] = (), bet: str | float | None = None) -> None:
+    """Ask for a bet before any number is on the page. Skipping it (`bet=None`) costs nothing.
+
+    Raises:
+        ValueError: if the bet is not among the choices.
+    """
+    if choices and bet is not None and bet not in choices:
+        raise ValueError(f"cannot bet {bet!r} on {name}: the choices are {list(choices)}")
+    _bets[name] = bet
+    if bet is not None:
+        record("bets", name, bet=bet)
+    among = "  Choices: " + " · ".join(choices) if choices else "  A number."
+    placed = f"Your bet: {bet}" if bet is not None else "No bet yet: write it as bet=… above and run the cell again."
+    print(f"Bet “{name}”: {question}\n{among}\n  {placed}")
+
+
+def settle(name: str, measured: str | float) -> None:
+    """Print the bet beside what was measured.
+
+    Raises:
+        KeyError: if nothing was asked under that name (names what was).
+    """
+    if name not in _bets:
+        raise KeyError(f"no bet is called {name!r}; the bets of this lesson are {sorted(_bets)}")
+    bet = _bets[name]
+    shown = f"{measured:,.6g}" if isinstance(measured, (int, float)) else measured
+    if bet is None:
+        print(f"Bet “{name}”: measured {shown}; no bet was placed.")
+        return
+    record("bets", name, bet=bet, measured=measured)
+    if isinstance(measured, (int, float)) and isinstance(bet, (int, float)) and bet and measured:
+        factor = max(abs(bet / measured), abs(measured / bet))
+        verdict = "right" if factor < 1.1 else "close" if factor < 2 else f"off by a factor of {factor:,.3g}"
+    else:
+        verdict = "right" if bet == measured else "surprised?"
+    print(f"Bet “{name}”: you said {bet}, measured {shown}: {verdict}")
+
+
+def completed() -> dict[str, str]:
+    """The status of every exercise that was tried, by id, as the progress file has it."""
+    return {key: entry.get("status", "") for key, entry in read_progress().get("exercises", {}).items()}
+
+
+def overview(lesson: str) -> None:
+    """Print the exercises of a lesson, such as "03": minutes, points, difficulty and importance."""
+    exercises = lesson_module(lesson).EXERCISES
+    for each in exercises:
+        stars = "difficulty " + "★" * each.difficulty + "☆" * (3 - each.difficulty)
+        stars += "  importance " + "★" * each.importance + "☆" * (3 - each.importance)
+        print(f"{each.id}  {each.minutes:>3} min  {each.points} points  {stars}  {each.title}")
+    print(f"      {sum(each.minutes for each in exercises):>3} min in all")
+
+
+# ------------------------------------------------------------------------------------------------- finding an exercise
+
+
+def lessons_folder() -> Path:
+    """The folder of the lessons' sources: `MINILORA_LESSONS`, or above the working directory, or beside the package.
+
+    Raises:
+        FileNotFoundError: if there is none (says how to name it).
+    """
+    named = os.environ.get("MINILORA_LESSONS")
+    here, package = Path.cwd(), Path(__file__).resolve()
+    places = [Path(named)] if named else [above / "lessons" for above in (here, *here.parents, *package.parents)]
+    for place in places:
+        if any(place.glob("[0-9][0-9]_*/exercises.py")):
+            return place
+    raise FileNotFoundError(
+        f"found no folder of lessons in {[str(place) for place in places[:1]]} or above: start the notebook inside a "
+        "checkout of minilora, or set MINILORA_LESSONS to its folder lessons"
+    )
+
+
+def find_exercise(exercise_id: str) -> Exercise:
+    """The exercise with this id, such as "03.1" (lesson 03, exercise 1).
+
+    Raises:
+        KeyError: if there is none (names those of the lesson, or the lessons).
+    """
+    lesson = exercise_id.split(".")[0]
+    exercises = lesson_module(lesson).EXERCISES
+    for exercise in exercises:
+        if exercise.id == exercise_id:
+            return exercise
+    raise KeyError(f"lesson {lesson} has no exercise {exercise_id!r}; it has {[each.id for each in exercises]}")
+
+
+def lesson_module(lesson: str) -> ModuleType:
+    """The exercises.py of a lesson such as "03": its list `EXERCISES`, and what else the lesson keeps there.
+
+    Raises:
+        KeyError: if no such lesson has one (names those that do).
+    """
+    files = sorted(lessons_folder().glob("[0-9][0-9]_*/exercises.py"))
+    for path in files:
+        if path.parent.name.startswith(f"{lesson}_"):
+            return _load(path)
+    raise KeyError(f"no lesson {lesson!r} has exercises; the lessons are {[path.parent.name for path in files]}")
+
+
+@functools.cache
+def _load(path: Path) -> ModuleType:
+    name = f"minilora_lesson_{path.parent.name[:2]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles look their module up there
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,177 @@
+"""The command line: `minilora COMMAND`.
+
+Thin: a row of `COMMANDS` for each command, whose two functions import what they need when they are called. So
+`minilora --help` waits for nothing, not even NumPy.
+
+What a user can cause ends in one line that begins with "minilora: " and exit code 2; `--traceback`, or
+MINILORA_TRACEBACK=1, shows where it came from. Ctrl-C ends with 130.
+"""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import NoReturn
+
+from minilora import __version__
+
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command does, an example of it, its options, and the function that runs it and returns the exit code."""
+
+    does: str
+    example: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=("qlora", "lora"), default="qlora", help="(default %(default)s)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of the optimizer")
+    parser.add_argument("--r", type=int, metavar="RANK", help="rank of the adapter")
+    parser.add_argument("--lr", type=float, metavar="RATE", help="learning rate")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the data and of the adapter's start")
+    parser.add_argument("--n-eval", type=int, metavar="N", help="unseen sentences to answer, before and after")
+    parser.add_argument("--out", metavar="FOLDER", help="where the adapter and the report go")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from minilora.classroom.demo import main_from_args
+
+    return main_from_args(args)
+
+
+def _size_arguments(parser: argparse.ArgumentParser) -> None:
+    from minilora.llm.size_report import add_size_arguments
+
+    add_size_arguments(parser)
+
+
+def _size(args: argparse.Namespace) -> int:
+    from minilora.llm.size_report import run
+
+    return run(args)
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from minilora.doctor import run
+
+    return run()
+
+
+COMMANDS = {
+    "demo": Command(
+        does="teach a real 135M-parameter model a task, and show what changed",
+        example="minilora demo --method lora --out runs/first",
+        add_arguments=_demo_arguments,
+        run=_demo,
+    ),
+    "size": Command(
+        does="parameters, adapter file and training memory of a model, without its weights",
+        example="minilora size llama-2-7b --targets all-linear -r 16",
+        add_arguments=_size_arguments,
+        run=_size,
+    ),
+    "doctor": Command(
+        does="what this machine has, and what to do about what it has not",
+        example="minilora doctor",
+        add_arguments=_doctor_arguments,
+        run=_doctor,
+    ),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are errors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `{self.prog} --help` tells the options")
+
+
+def help_text() -> str:
+    """What `minilora --help` prints."""
+    lines = [f"minilora {__version__}: LoRA built from nothing in three layers, on a real language model", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:<10}{command.does}", f"  {'':<10}$ {command.example}", ""]
+    return "\n".join(
+        [
+            *lines,
+            "minilora COMMAND --help tells the options of a command.",
+            "--traceback shows where an error came from. --version tells the version.",
+        ]
+    )
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Run the command that the words of a command line ask for, and return its exit code.
+
+    Raises:
+        ValueError: if there is no such command or option; else what the command raises.
+    """
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if words[0] == "--version":
+        print(f"minilora {__version__}")
+        return 0
+    name = words[0]
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise ValueError(f"no command is named {name!r}; {hint}")
+    command = COMMANDS[name]
+    parser = Parser(
+        prog=f"minilora {name}",
+        description=f"{command.does[0].upper()}{command.does[1:]}.",
+        epilog=f"example: {command.example}",
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(words[1:]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (the process's own by default); the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    wants_traceback = "--traceback" in words or os.environ.get("MINILORA_TRACEBACK", "0") not in ("", "0")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "→" shows "?" and nothing fails
+    try:
+        code = run_command([word for word in words if word != "--traceback"])
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\nminilora: stopped by Ctrl-C", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # as in `minilora size --list | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (ValueError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
+        if wants_traceback:
+            raise
+        print(f"minilora: {_one_line(error)}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return f"{error}; `minilora doctor` tells what to install"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

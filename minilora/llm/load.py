@@ -1,0 +1,180 @@
+"""From a name, a folder or a file to a model and its tokenizer.
+
+    "smollm2-135m"          the model that comes with minilora (smollm2.py)
+    a folder                Hugging Face's layout: config.json, tokenizer.json, safetensors, in one file or several
+    a file *.gguf           llama.cpp's format, dequantized (read_gguf.py)
+    "owner/name"            a model on the Hugging Face hub, where the package huggingface_hub is installed
+
+A model is built without memory (torch's "meta" device) and each weight is put in its place once: float32 weights stay in the
+file and the system pages them in; for another dtype one tensor after the other is converted.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minilora.llm import smollm2
+from minilora.llm.config import ModelConfig
+from minilora.llm.model import Decoder, Origin
+from minilora.llm.read_gguf import GGUFModel
+from minilora.llm.tokenizer import Tokenizer, load_tokenizer
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "chat_template.jinja"]
+
+
+# Some older checkpoints store these; both are computed from the config.
+DERIVED = (".rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that are not read yet: the shape of each, and how to read one."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+
+def load_model(
+    name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Decoder, Tokenizer]:
+    """A pretrained model, ready to use, and its tokenizer.
+
+    Every tensor of the file is used and every place in the model is filled, with finite numbers. The model is in
+    evaluation mode; `model.origin` says where it came from.
+
+    Raises:
+        ValueError: if the name is unknown, or a file is damaged, or of a kind that we do not compute.
+        RuntimeError: if something has to be fetched and cannot be.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) == smollm2.NAME:
+        return _from_folder(smollm2.fetch(), dtype, device)
+    if path.is_dir():
+        return _from_folder(path, dtype, device)
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_gguf(path, dtype, device)
+    if HUB_NAME.fullmatch(str(name_or_path)):
+        return _from_folder(_from_hub(str(name_or_path)), dtype, device, name=str(name_or_path))
+    raise ValueError(
+        f"there is no model {str(name_or_path)!r}: give {smollm2.NAME!r}, a folder with safetensors, a .gguf file, "
+        "or a hub name such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"
+    )
+
+
+def _from_folder(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, name: str = ""
+) -> tuple[Decoder, Tokenizer]:
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    config = _read_json(folder / "config.json")
+    files = _weight_files(folder)
+    origin = Origin(name=name or config.get("_name_or_path") or folder.resolve().name, files=tuple(files))
+    if (folder / "minilora.json").exists():  # a conversion of ours, which knows what it was made from
+        origin = Origin(**_read_json(folder / "minilora.json")["origin"])
+    model = _filled(ModelConfig.from_hf(config), origin, _from_safetensors(files), dtype, device)
+    return model, load_tokenizer(folder)
+
+
+def _from_gguf(path: Path, dtype: torch.dtype, device: torch.device | str) -> tuple[Decoder, Tokenizer]:
+    file = GGUFModel(path)
+    origin = Origin(name=file.name, license=file.metadata.get("general.license", ""), files=(path,))
+    weights = Weights(file.shapes, lambda name: torch.from_numpy(file.read(name)))
+    model = _filled(ModelConfig.from_hf(file.config), origin, weights, dtype, device)
+    return model, Tokenizer(file.tokenizer_json, file.tokenizer_settings)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise RuntimeError(
+            f"{name!r} is no folder here, and to fetch it from a hub the package huggingface_hub is needed: "
+            "`pip install huggingface_hub`, or give a folder"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the library and its HTTP client have dozens of their own
+        raise RuntimeError(f"{name!r} is no folder here, and the hub did not give it: {error}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or those that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if not (folder / "model.safetensors").exists():
+            raise ValueError(f"{folder} has neither model.safetensors nor model.safetensors.index.json (other formats are not read)")
+        return [folder / "model.safetensors"]
+    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    odd = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if odd or not names:
+        raise ValueError(f"{index} names files that are not in its folder: {odd}")
+    return [folder / name for name in names]
+
+
+def _from_safetensors(files: Iterable[Path]) -> Weights:
+    shapes: dict[str, tuple[int, ...]] = {}
+    home: dict[str, Path] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    shapes[name], home[name] = tuple(file.get_slice(name).get_shape()), path
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
+
+    def read(name: str) -> Tensor:
+        # Opened for each tensor: the pages of one that was converted to another dtype are given back at once.
+        with safe_open(home[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    return Weights(shapes, read)
+
+
+def _filled(
+    config: ModelConfig, origin: Origin, weights: Weights, dtype: torch.dtype, device: torch.device | str
+) -> Decoder:
+    """A decoder with these weights in it, all of them, and nothing else."""
+    with torch.device("meta"):
+        model = Decoder(config, origin)
+    wanted = {name: tuple(slot.shape) for name, slot in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    _check_fit(wanted, {name: shape for name, shape in weights.shapes.items() if not name.endswith(DERIVED)})
+    state = {name: _finite(name, weights.read(name).to(device=device, dtype=dtype)) for name in wanted}
+    model.load_state_dict(state, assign=True, strict=False)
+    model.tie_head()
+    return model.eval()
+
+
+def _check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    problems = [f"{name}: missing from the file" for name in wanted.keys() - found.keys()]
+    problems += [f"{name}: not in the model" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name}: shape {found[name]}, the model has {wanted[name]}"
+        for name in wanted.keys() & found.keys()
+        if wanted[name] != found[name]
+    ]
+    if problems:
+        raise ValueError("these weights do not fit the model of their config:\n  " + "\n  ".join(sorted(problems)))
+
+
+def _finite(name: str, w: Tensor) -> Tensor:
+    """The same tensor, if all its numbers are finite. One pass: 0.1 s for 135M weights, which must be read anyway."""
+    low, high = w.aminmax()
+    if not (low.isfinite() and high.isfinite()):  # both are NaN if any number is
+        raise ValueError(f"{name} holds a NaN or an infinity in {w.dtype}: the file is damaged, or too wide for this dtype")
+    return w
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON ({error}): fetch it again") from error

@@ -1,0 +1,276 @@
+"""A decoder of the Llama family: token ids in, logits out.
+
+    tokens ─ embed_tokens ─┬─ layers[0] ─ … ─ layers[n_layers-1] ─ norm ─ lm_head ─ logits
+                           └─ each layer:   x ← x + attention(norm(x));   x ← x + mlp(norm(x))
+
+    batch, seq        rows, and tokens in a row         hidden      width of the stream between layers
+    heads, kv_heads   query heads; key/value heads      head_dim    width of one head
+    half              head_dim / 2                      total       tokens read before plus those of this call
+
+Every module has the name it has in a Hugging Face checkpoint and every projection is a plain `nn.Linear` that is only ever
+called, so any of them can be replaced by another module under the same name. How text is made from logits is in `generate.py`,
+where weights come from in `load.py`.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from minilora.llm.config import ModelConfig
+
+Rotation = tuple[Float[Tensor, "rows seq half"], Float[Tensor, "rows seq half"]]  # cosines and sines of every position
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where weights came from: what an adapter made for them has to name."""
+
+    name: str = ""  # as a hub would call it, such as "HuggingFaceTB/SmolLM2-135M-Instruct"
+    license: str = ""
+    attribution: str = ""
+    published_sha256: str = ""  # of the file as its maker published it, where `files` are a conversion of it
+    files: tuple[Path, ...] = ()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the weights as published, whatever dtype they were loaded in; made when first asked for (1 s a GB)."""
+        if self.published_sha256 or not self.files:
+            return self.published_sha256
+        digest = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+        return digest.hexdigest()
+
+
+class RMSNorm(nn.Module):
+    """Scale every vector to a root mean square of one, then each of its features by a learned weight.
+
+        y = x / √(mean(x²) + eps) · weight                       [RMSNorm] eq. 4
+    """
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n hidden"]:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotation_of(config: ModelConfig, positions: Int[Tensor, "rows seq"], dtype: torch.dtype) -> Rotation:
+    """Cosine and sine of the angle by which each pair of features is turned at each position.
+
+        angle[position, i] = position · frequency[i]             [RoPE] eq. 15
+
+    Angles are at least float32: in bfloat16 the positions 256 and 257 would be the same number.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    frequencies = torch.tensor(config.rope_frequencies(), dtype=wide, device=positions.device)
+    angles = positions[:, :, None].to(wide) * frequencies  # (rows, seq, half)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Float[Tensor, "batch n seq head_dim"], rotation: Rotation) -> Float[Tensor, "batch n seq head_dim"]:
+    """Turn each pair of features (i, i + half) of every head by the angle of its position.
+
+    [RoPE] pairs neighbours (2i, 2i + 1); Hugging Face's checkpoints, and so we, pair the two halves of a head. The two
+    differ by a fixed permutation of the rows of q_proj and k_proj: `read_gguf.py` undoes it.
+    """
+    cos, sin = (table[:, None] for table in rotation)  # (rows, 1, seq, half): the same for every head
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the tokens already read, of every layer, in memory reserved once.
+
+    With it a model reads only its new tokens: `length` counts those read before.
+    """
+
+    def __init__(self, n_layers: int, max_tokens: int) -> None:
+        self.n_layers = n_layers
+        self.max_tokens = max_tokens
+        self.length = 0
+
+    def extend(
+        self,
+        layer: int,
+        keys: Float[Tensor, "batch kv_heads seq head_dim"],
+        values: Float[Tensor, "batch kv_heads seq head_dim"],
+    ) -> tuple[Float[Tensor, "batch kv_heads total head_dim"], Float[Tensor, "batch kv_heads total head_dim"]]:
+        """Write one layer's new keys and values behind the old ones and return all of them."""
+        end = self.length + keys.shape[2]
+        if end > self.max_tokens:
+            raise ValueError(f"the cache was made for {self.max_tokens} tokens and {end} are needed: make it larger")
+        if layer == 0 and self.length == 0:  # the first keys say in which dtype, where, and for how many rows
+            batch, kv_heads, _, head_dim = keys.shape
+            self._kept = keys.new_empty(self.n_layers, 2, batch, kv_heads, self.max_tokens, head_dim)
+        kept_keys, kept_values = self._kept[layer]  # (batch, kv_heads, max_tokens, head_dim)
+        kept_keys[:, :, self.length : end] = keys
+        kept_values[:, :, self.length : end] = values
+        return kept_keys[:, :, :end], kept_values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Every token looks at the tokens before it. Several query heads share one key and value head: [GQA]."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        q_features, kv_features = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_features, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_features, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_features, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_features, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        rotation: Rotation,
+        mask: Bool[Tensor, "batch 1 seq total"] | None,
+        cache: KVCache | None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """
+            o_proj(softmax(q kᵀ / √head_dim) v), with q and k turned to their positions
+
+        `mask` is True where a token (row) may look at another (column); None means at itself and all before it.
+        """
+        q = rotate(self._split_heads(self.q_proj(x)), rotation)  # (batch, heads, seq, head_dim)
+        k = rotate(self._split_heads(self.k_proj(x)), rotation)  # (batch, kv_heads, seq, head_dim)
+        v = self._split_heads(self.v_proj(x))
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (batch, kv_heads, total, head_dim)
+        is_causal = mask is None and q.shape[2] > 1  # a single new token may look at everything
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Float[Tensor, "batch seq features"]) -> Float[Tensor, "batch heads seq head_dim"]:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """
+        down_proj(silu(gate_proj(x)) · up_proj(x))                [SwiGLU] eq. 6
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n hidden"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each reading a normalized stream and adding to it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        rotation: Rotation,
+        mask: Bool[Tensor, "batch 1 seq total"] | None,
+        cache: KVCache | None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """The decoder up to its last hidden states: everything but the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        *,
+        positions: Int[Tensor, "rows seq"] | None = None,
+        mask: Bool[Tensor, "batch seq total"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Hidden state of every token. The arguments are those of `Decoder.forward`."""
+        past, seq = (cache.length if cache else 0), tokens.shape[1]
+        if positions is None:
+            positions = torch.arange(past, past + seq, device=tokens.device)[None]
+        if mask is None and past > 0 and seq > 1:
+            mask = torch.ones(seq, past + seq, dtype=torch.bool, device=tokens.device).tril(past).expand(len(tokens), -1, -1)
+        if mask is not None:
+            mask = mask[:, None]  # (batch, 1, seq, total): the same for every head
+        x = self.embed_tokens(tokens)
+        rotation = rotation_of(self.config, positions, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotation, mask, cache)
+        if cache is not None:
+            cache.length += seq
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """A causal language model: a `Transformer` and a head over the vocabulary, which may share the embedding's weight."""
+
+    def __init__(self, config: ModelConfig, origin: Origin = Origin()) -> None:
+        super().__init__()
+        self.config = config
+        self.origin = origin
+        self.model = Transformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_head()
+
+    @property
+    def name(self) -> str:
+        """What a hub would call these weights; an adapter names it as its base."""
+        return self.origin.name
+
+    @property
+    def base_sha256(self) -> str:
+        """Hash of these weights as published; an adapter made for them carries it."""
+        return self.origin.sha256
+
+    def tie_head(self) -> None:
+        """Let the head use the embedding's weight, where the config says so. In place."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        *,
+        positions: Int[Tensor, "rows seq"] | None = None,
+        mask: Bool[Tensor, "batch seq total"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of the token after each token.
+
+        Rows of different length need no mask when they are padded on the right: no token looks to its right, so
+        only the logits of the padding itself are meaningless. `model.model(tokens)` gives the hidden states alone,
+        for who wants the head over some of them only.
+
+        Args:
+            positions: place of each token in its text (rows is batch, or 1 for all alike); default: counted on
+                from the cache.
+            mask: True where a token (seq) may look at another (total); default: at itself and all before it.
+            cache: tokens read before; it takes up the new ones.
+        """
+        return self.lm_head(self.model(tokens, positions=positions, mask=mask, cache=cache))

@@ -1,0 +1,158 @@
+"""Text to token ids and back.
+
+    tokenizer.encode("12 cats")               → ids of plain text: nothing in it becomes a control token
+    tokenizer.decode(ids)                     → text
+    tokenizer.apply_chat_template(messages)   → a conversation as the model was trained to see it, as text
+    tokenizer.encode_chat(messages)           → the same as ids: the template's own markers become control tokens,
+                                                look-alikes inside a message stay the letters they are
+
+The splitting itself is done by the `tokenizers` library from a `tokenizer.json`; `read_gguf.py` makes one for a GGUF file.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from minilora.llm.chat import ChatTemplate
+
+# A model may end an answer with any of these, whichever of them it calls its end-of-sequence token.
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>")
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer:
+    """A vocabulary, its control tokens, and the chat template that goes with it.
+
+    `bos`, `eos` and `pad` are ids, or None where the model has none; `stop_tokens` are all ids that end an answer;
+    `control_tokens` maps the text of each control token to its id.
+    """
+
+    def __init__(self, tokenizer_json: str, settings: Mapping[str, Any]) -> None:
+        """`settings` is what Hugging Face keeps in `tokenizer_config.json`."""
+        self._backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+        self._plain_backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+        self._plain_backend.encode_special_tokens = True  # the library's name for: treat them as the letters they are
+        added = self._backend.get_added_tokens_decoder()
+        self.control_tokens = {token.content: number for number, token in added.items() if token.special}
+        self.bos, self.eos = self._named(settings, "bos_token"), self._named(settings, "eos_token")
+        self.pad = self._named(settings, "pad_token")
+        if self.pad is None:
+            self.pad = self.eos
+        ends = {self.control_tokens[name] for name in END_TOKENS if name in self.control_tokens}
+        self.stop_tokens = tuple(sorted(ends | ({self.eos} - {None})))
+        self._template = ChatTemplate(settings["chat_template"]) if settings.get("chat_template") else None
+
+    def __len__(self) -> int:
+        """Number of tokens in the vocabulary."""
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str, *, parse_special: bool = False, add_bos: bool = False) -> list[int]:
+        """Ids of a text. The text `"<|im_end|>"` becomes the control token of that name only with `parse_special`."""
+        backend = self._backend if parse_special else self._plain_backend
+        ids = backend.encode(text, add_special_tokens=False).ids
+        return [self.bos, *ids] if add_bos and self.bos is not None else ids
+
+    def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of ids, without the control tokens among them unless asked."""
+        return self._backend.decode(list(tokens), skip_special_tokens=skip_special)
+
+    def decode_stream(self, tokens: Iterable[int], *, skip_special: bool = True) -> Iterator[str]:
+        """Text of ids as they come: each piece as soon as its last character is complete."""
+        stream = DecodeStream(skip_special_tokens=skip_special)
+        for token in tokens:
+            piece = stream.step(self._backend, token)
+            if piece:
+                yield piece
+
+    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """A conversation as text. `add_generation_prompt` ends it where the assistant's answer begins.
+
+        Text is for reading: `encode_chat` turns a conversation into ids that no message can forge.
+        """
+        if self._template is None:
+            raise ValueError("this model has no chat template (a base model?): write its prompt as text and use encode()")
+        names = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
+        words = {name: self._backend.id_to_token(number) or "" for name, number in names.items() if number is not None}
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, **words)
+
+    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+        """A conversation as ids, in which only the template can write control tokens.
+
+        Every look-alike in a message is broken by a character that occurs in no message; after rendering, the unbroken
+        control tokens are the template's, and what lies between them is plain text, without that character again.
+        """
+        mark = _unused_character(json.dumps(messages, ensure_ascii=False))
+        if not self.control_tokens:
+            return self.encode(self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt))
+        longest_first = sorted(self.control_tokens, key=len, reverse=True)
+        control = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        broken = _map_text(messages, lambda text: control.sub(lambda found: found[0][0] + mark + found[0][1:], text))
+        text = self.apply_chat_template(broken, add_generation_prompt=add_generation_prompt)
+        if mark not in text:
+            return self.encode(text, parse_special=True)
+        ids: list[int] = []
+        for piece in control.split(text):
+            token = self.control_tokens.get(piece)
+            ids += self.encode(piece.replace(mark, "")) if token is None else [token]
+        return ids
+
+    def _named(self, settings: Mapping[str, Any], name: str) -> int | None:
+        """Id of the token that the settings give this name to."""
+        value = settings.get(name)
+        text = value["content"] if isinstance(value, Mapping) else value
+        if text is None:
+            return None
+        number = self._backend.token_to_id(text)
+        if number is None:
+            raise ValueError(f"the tokenizer's {name} is {text!r}, which is not in its vocabulary")
+        return number
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read the tokenizer of a Hugging Face model folder.
+
+    Raises:
+        ValueError: if tokenizer.json is missing or cannot be read.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise ValueError(f"{folder} has no tokenizer.json: save the tokenizer there in its fast form")
+    settings = _read_json(folder / "tokenizer_config.json")
+    if isinstance(settings.get("chat_template"), list):  # several, by name
+        named = {entry["name"]: entry["template"] for entry in settings["chat_template"]}
+        settings["chat_template"] = named.get("default")
+    template = folder / "chat_template.jinja"
+    if template.exists():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
+    try:
+        return Tokenizer(path.read_text(encoding="utf-8"), settings)
+    except ValueError:
+        raise
+    except Exception as error:  # the library raises a bare Exception for a file that is not a tokenizer
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _unused_character(text: str) -> str:
+    """A character for private use that does not occur in a text."""
+    return next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+
+
+def _map_text(value: Any, change: Any) -> Any:
+    """The same nested value with every string in it changed; names (the keys of dictionaries) stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map_text(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_text(item, change) for item in value]
+    return value

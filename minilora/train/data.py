@@ -1,0 +1,101 @@
+"""Instruction data: a prompt and its answer become tokens and labels, then batches.
+
+    tokens   prompt         answer         eos
+    labels   -100 … -100    answer         eos
+
+A label says which token should stand at its own position (the loss shifts by one); -100 carries no loss. The end of
+the answer is known by its length, never by the id of a token: where the padding token is the eos token, a mask by id
+would hide the eos as well, and the model would never learn to stop.
+
+Read next: train/trainer.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+IGNORED = -100  # the label that carries no loss; torch's cross_entropy skips it too
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence: its tokens, and for every position the token that should be learnt there, or `IGNORED`.
+
+    Raises:
+        ValueError: if no label carries loss, so that the sample would cost time and teach nothing. The label of the
+            first position does not count: nothing comes before it that could predict it.
+    """
+
+    tokens: list[int]
+    labels: list[int]
+    name: str = "a sample"  # how an error calls it, such as "line 12 of data.jsonl"
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.labels):
+            raise ValueError(f"{self.name} has {len(self.tokens)} tokens and {len(self.labels)} labels: one each, please")
+        if all(label == IGNORED for label in self.labels[1:]):
+            raise ValueError(
+                f"{self.name} has no label that carries loss: all {len(self.labels)} are masked; "
+                "give it an answer, or drop it"
+            )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of like length side by side, padded on the right; padding carries no loss."""
+
+    tokens: Int64[Tensor, "batch seq"]
+    labels: Int64[Tensor, "batch seq"]
+
+
+def mask_prompt(prompt: list[int], answer: list[int], eos: int, name: str = "a sample") -> Sample:
+    """Join prompt, answer and `eos`; the loss is on the answer and the eos.
+
+    Raises:
+        ValueError: if the answer is empty (says which sample).
+
+    >>> mask_prompt([5, 6], [7], eos=2).labels
+    [-100, -100, 7, 2]
+    """
+    if not answer:
+        raise ValueError(f"{name} has an empty answer: the model would learn to say nothing; give it one, or drop it")
+    return Sample([*prompt, *answer, eos], [IGNORED] * len(prompt) + [*answer, eos], name)
+
+
+def collate(samples: Sequence[Sample], pad: int) -> Batch:
+    """Stack samples, padded on the right with `pad`: a causal model never looks there from a token.
+
+    Raises:
+        ValueError: if there is no sample.
+    """
+    if not samples:
+        raise ValueError("cannot make a batch of 0 samples: give at least one")
+    n = max(len(sample.tokens) for sample in samples)
+    tokens = [sample.tokens + [pad] * (n - len(sample.tokens)) for sample in samples]
+    labels = [sample.labels + [IGNORED] * (n - len(sample.labels)) for sample in samples]
+    return Batch(torch.tensor(tokens), torch.tensor(labels))
+
+
+def make_batches(samples: Sequence[Sample], batch_size: int, pad: int, seed: int, window: int = 16) -> list[Batch]:
+    """Shuffle the samples and batch them, each sample once, neighbours in length together.
+
+    Sorting all samples would pad least, and would show the model all the short ones in a row. So they are shuffled,
+    sorted only within windows of `window` batches, and the batches are shuffled again. One batch may be smaller.
+
+    Raises:
+        ValueError: if `batch_size` or `window` is below 1.
+    """
+    if batch_size < 1 or window < 1:
+        raise ValueError(f"cannot batch with batch_size={batch_size} and window={window}: both are at least 1")
+    rng = random.Random(seed)
+    order = rng.sample(samples, len(samples))
+    groups: list[list[Sample]] = []
+    for start in range(0, len(order), batch_size * window):
+        near = sorted(order[start : start + batch_size * window], key=lambda sample: len(sample.tokens))
+        groups += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+    rng.shuffle(groups)
+    return [collate(group, pad) for group in groups]

@@ -1,0 +1,195 @@
+"""The loop, on one screen. Whatever else should happen at a step listens to it.
+
+A listener is a function of a `Step`: a progress bar, a log, a checkpoint. It returns nothing and the loop knows nothing
+of it. The optimizer comes from the caller, who knows which parameters it holds and at what rates.
+
+Read before: torch_lora/layers, train/data.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from minilora.train.data import IGNORED, Batch
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did."""
+
+    number: int  # from 1
+    n_steps: int
+    loss: float  # nats per token that carries loss
+    grad_norm: float  # before clipping
+    lr: float  # of the first parameter group
+    n_tokens: int  # that passed through the model, padding included
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """All steps that were made, and whether Ctrl-C ended them early."""
+
+    steps: list[Step]
+    interrupted: bool = False
+
+    def __str__(self) -> str:
+        made = len(self.steps)
+        planned = self.steps[0].n_steps if self.steps else 0
+        if self.interrupted:
+            return f"stopped by Ctrl-C after {made} of {planned} steps; the model keeps what it has learnt so far"
+        return f"{made} steps in {sum(step.seconds for step in self.steps):.0f} s"
+
+
+def train(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int], float] = lambda number: 1.0,
+    max_grad_norm: float = 1.0,
+    listeners: Sequence[Callable[[Step], None]] = (),
+) -> Training:
+    """Take one optimizer step per batch, at the optimizer's own rates times `schedule(number of the step)`.
+
+    Ctrl-C lets the step under way finish and returns what was trained so far; a second Ctrl-C breaks off at once.
+
+    Raises:
+        FloatingPointError: if a loss is NaN or infinite, before it reaches the weights.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    steps: list[Step] = []
+    with training_mode(model), rates_of(optimizer) as set_rates, finish_step_on_ctrl_c() as stop:
+        for number, batch in enumerate(batches, start=1):
+            start = time.perf_counter()
+            set_rates(schedule(number))
+            loss = loss_of(model, batch)
+            check_finite(loss.item(), number)
+            loss.backward()
+            grad_norm = clip_grad_norm_(parameters, max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds, lr = time.perf_counter() - start, optimizer.param_groups[0]["lr"]
+            steps.append(Step(number, len(batches), loss.item(), grad_norm.item(), lr, batch.tokens.numel(), seconds))
+            for listen in listeners:
+                listen(steps[-1])
+            if stop.is_set():
+                break
+    return Training(steps, interrupted=len(steps) < len(batches))
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+    """Cross-entropy in nats per token that carries loss, in float32.
+
+        loss = − mean over labelled i of log p(token[i] | token[0..i−1])
+
+    The vocabulary product is the widest of the model (49,152 columns for SmolLM2), so it is formed only at the
+    positions that carry loss: the hidden state at i − 1 predicts the token at i.
+    """
+    targets = batch.labels[:, 1:]
+    labelled = targets != IGNORED
+    hidden = model.model(batch.tokens)[:, :-1]  # (batch, seq - 1, hidden)
+    logits = model.lm_head(hidden[labelled])  # (labelled, vocabulary)
+    return F.cross_entropy(logits.float(), targets[labelled])
+
+
+def warmup_then_decay(n_steps: int, n_warmup: int) -> Callable[[int], float]:
+    """A schedule: a straight line up from 0 over `n_warmup` steps, then a straight line down to 0 after `n_steps`.
+
+    No step has rate 0: the first is 1 / (n_warmup + 1), the last 1 / (n_steps − n_warmup).
+
+    >>> schedule = warmup_then_decay(n_steps=5, n_warmup=1)
+    >>> [schedule(number) for number in range(1, 6)]
+    [0.5, 1.0, 0.75, 0.5, 0.25]
+
+    Raises:
+        ValueError: if the warm-up leaves no step to decay in.
+    """
+    if not 0 <= n_warmup < n_steps:
+        raise ValueError(f"cannot warm up for {n_warmup} of {n_steps} steps: choose n_warmup from 0 to {n_steps - 1}")
+
+    def factor(number: int) -> float:
+        return min(number / (n_warmup + 1), (n_steps - number + 1) / (n_steps - n_warmup))
+
+    return factor
+
+
+def check_finite(loss: float, number: int) -> None:
+    """Stop before a bad loss reaches the weights."""
+    if loss != loss or loss == float("inf"):
+        raise FloatingPointError(
+            f"the loss is {loss} at step {number}; the weights are those of step {number - 1}: "
+            "lower the learning rate or lengthen the warm-up, and look at the data of this batch"
+        )
+
+
+@contextmanager
+def progress_bar(n_steps: int) -> Iterator[Callable[[Step], None]]:
+    """A listener that draws loss, tokens per second and learning rate: `with progress_bar(100) as listener`."""
+    with tqdm(total=n_steps, unit="step") as bar:
+
+        def listen(step: Step) -> None:
+            bar.set_postfix_str(f"loss {step.loss:.3f}, {step.n_tokens / step.seconds:,.0f} tokens/s, lr {step.lr:.1e}")
+            bar.update()
+
+        yield listen
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout on, and afterwards back to what it was."""
+    was_training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def rates_of(optimizer: torch.optim.Optimizer) -> Iterator[Callable[[float], None]]:
+    """A function that sets every group to its own rate times a factor; afterwards each has its own rate again."""
+    own = [group["lr"] for group in optimizer.param_groups]
+
+    def set_rates(factor: float) -> None:
+        for group, lr in zip(optimizer.param_groups, own, strict=True):
+            group["lr"] = lr * factor
+
+    try:
+        yield set_rates
+    finally:
+        set_rates(1.0)
+
+
+@contextmanager
+def finish_step_on_ctrl_c() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event that the loop looks at; an exception could hit the optimizer halfway.
+
+    Only a main thread receives signals; elsewhere Ctrl-C is left as it is.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def on_ctrl_c(number: int, frame: object) -> None:
+        stop.set()
+        tqdm.write("finishing this step; Ctrl-C again breaks off at once", file=sys.stderr)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
