@@ -30,8 +30,8 @@ def forward_inputs(rng: np.random.Generator) -> Case:
 def changes_nothing_at_zero(function: Callable, case: Case) -> str | None:
     """At B = 0 the layer is the frozen layer."""
     h = function(case["x"], case["W"], case["A"], np.zeros_like(case["B"]), case["alpha"])
-    away = np.max(np.abs(h - case["x"] @ case["W"].T))
-    return None if away < 1e-12 else f"with B = 0 the output is up to {away:.3g} away from x Wᵀ"
+    away, largest = np.max(np.abs(h - case["x"] @ case["W"].T)), np.max(np.abs(h))
+    return None if away <= 1e-5 * largest else f"with B = 0 the output is up to {away:.3g} away from x Wᵀ"
 
 
 def takes_sequences(function: Callable, case: Case) -> str | None:
@@ -41,7 +41,8 @@ def takes_sequences(function: Callable, case: Case) -> str | None:
     rows = np.stack([function(one, *list(case.values())[1:]) for one in stacked])
     if np.shape(h) != rows.shape:
         return f"for x {stacked.shape} the output has shape {np.shape(h)}, expected {rows.shape}"
-    return None if np.allclose(h, rows) else "a row's output depends on the other rows"
+    is_close = np.max(np.abs(h - rows)) <= 1e-5 * np.max(np.abs(rows))
+    return None if is_close else "a row's output depends on the other rows"
 
 
 def never_forms_the_product(function: Callable, case: Case) -> str | None:
@@ -314,7 +315,7 @@ def planted_update(rng: np.random.Generator, out_features: int, in_features: int
     return left * [3.0, 2.0, 1.0] @ right.T
 
 
-def training_inputs(rng: np.random.Generator, r: int = 3, steps: int = 400) -> Case:
+def training_inputs(rng: np.random.Generator, r: int = 3, steps: int = 250) -> Case:
     """Batches of a teacher W + ΔW without noise, the frozen W, and a new adapter. ΔW itself is under "planted"."""
     in_features, out_features = 16, 12
     W = rng.normal(size=(out_features, in_features)) / np.sqrt(in_features)

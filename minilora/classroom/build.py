@@ -9,6 +9,7 @@ somebody edited is never written over. `lessons/README.md` says how a source is 
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -105,8 +106,8 @@ def find_lessons(root: Path, only: str = "") -> list[Lesson]:
 # ------------------------------------------------------------------------------------------------ from source to cells
 
 
-def full_cells(lesson: Lesson) -> list[Notebook]:
-    """The cells of the full notebook, not yet executed.
+def source_cells(lesson: Lesson) -> list[Notebook]:
+    """All cells of a lesson's source, with ids, quiz questions in place.
 
     Raises:
         LessonError: if the source breaks a rule of lessons/README.md (lists all).
@@ -119,13 +120,17 @@ def full_cells(lesson: Lesson) -> list[Notebook]:
     return _with_ids([_cell(cell.cell_type, _expand(lesson, cell.source), cell.metadata) for cell in source.cells])
 
 
+def full_cells(cells: list[Notebook]) -> list[Notebook]:
+    """The cells of the full notebook: all but those tagged `student`."""
+    return [copy.deepcopy(cell) for cell in cells if "student" not in cell.metadata.get("tags", [])]
+
+
 def student_cells(cells: list[Notebook]) -> list[Notebook]:
-    """The same cells with blanks for solutions; cells tagged `solution` are left out."""
-    kept = [cell for cell in cells if "solution" not in cell.metadata.get("tags", [])]
-    blanked = [_cell(cell.cell_type, blank(cell.source), cell.metadata) for cell in kept]
-    for cell, original in zip(blanked, kept, strict=True):
-        cell["id"] = original["id"]
-    return blanked
+    """The cells of the student notebook: all but those tagged `solution`, with blanks for solutions."""
+    kept = [copy.deepcopy(cell) for cell in cells if "solution" not in cell.metadata.get("tags", [])]
+    for cell in kept:
+        cell.source = blank(cell.source)
+    return kept
 
 
 def blank(source: str) -> str:
@@ -270,8 +275,8 @@ def problem_of(lesson: Lesson, path: Path) -> str | None:
         return "is missing"
     notebook = nbformat.read(path, as_version=4)
     facts = notebook.metadata.get("minilora", {})
-    cells = full_cells(lesson)
-    wanted = cells if path == lesson.full else student_cells(cells)
+    cells = source_cells(lesson)
+    wanted = full_cells(cells) if path == lesson.full else student_cells(cells)
     if was_edited(path):
         return "was edited; its source is the place for that"
     if facts.get("source_sha256") != lesson.source_sha256():
@@ -377,10 +382,9 @@ def build(lesson: Lesson, force: bool = False) -> str:
     if edited:
         names = " and ".join(str(path.relative_to(lesson.notebooks.parent)) for path in edited)
         raise LessonError(f"{names} was edited by hand and is left alone: move it away, then build again")
-    cells = full_cells(lesson)
-    done = []
+    cells, done = source_cells(lesson), []
     if force or problem_of(lesson, lesson.full):
-        notebook, started = _notebook(lesson, cells), time.monotonic()
+        notebook, started = _notebook(lesson, full_cells(cells)), time.monotonic()
         lesson.notebooks.mkdir(parents=True, exist_ok=True)
         execute(notebook, lesson.notebooks, lesson.folder.parent)
         notebook.metadata["minilora"]["outputs_sha256"] = _outputs_sha256(notebook.cells)
@@ -389,7 +393,7 @@ def build(lesson: Lesson, force: bool = False) -> str:
         over = f", over the {SECONDS_A_LESSON} s that a lesson may take" if seconds > SECONDS_A_LESSON else ""
         done.append(f"executed in {seconds:.0f} s{over}, {lesson.full.stat().st_size / 1e6:.2f} MB")
     if force or problem_of(lesson, lesson.student):
-        _write(_notebook(lesson, student_cells(full_cells(lesson))), lesson.student)
+        _write(_notebook(lesson, student_cells(cells)), lesson.student)
         done.append("student notebook written")
     return "; ".join(done) or "unchanged"
 

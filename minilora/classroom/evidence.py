@@ -27,6 +27,7 @@ def claim(fact: str, *, source: str, cases: bool | Mapping[str, bool], found: st
              (an article)
     Found    r = d = 64: 8,192 against 4,096
     Verdict  DOES NOT HOLD
+    <BLANKLINE>
     """
     if verdict not in VERDICTS:
         raise ValueError(f"no verdict is called {verdict!r}: choose one of {list(VERDICTS)}")
@@ -39,7 +40,7 @@ def claim(fact: str, *, source: str, cases: bool | Mapping[str, bool], found: st
     if computed != verdict:
         raise AssertionError(f"the verdict on “{fact}” was {verdict!r}; the code now says {computed!r}: {named}")
     detail = f" {', '.join(true)}; not when {', '.join(false)}" if verdict == "holds when" else ""
-    print(f"Claim    {fact}\n         ({source})\nFound    {found}\nVerdict  {verdict.upper()}{detail}")
+    print(f"Claim    {fact}\n         ({source})\nFound    {found}\nVerdict  {verdict.upper()}{detail}\n")
 
 
 @contextlib.contextmanager

@@ -352,8 +352,8 @@ def describe(case: Case) -> str:
     for name, value in case.items():
         if hasattr(value, "shape"):
             words.append(f"{name} {tuple(value.shape)}")
-        elif isinstance(value, (int, float, str, bool)):
-            words.append(f"{name} = {value}")
+        elif isinstance(value, (int, float, str)):
+            words.append(f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}")
         else:
             words.append(f"{name}: {type(value).__name__}")
     return ", ".join(words)
@@ -372,8 +372,8 @@ def _message(result: Result) -> str:
     head = f"{exercise.id}  {exercise.title}"
     if result.status == "not started":
         return (
-            f"·  {head}: not started ({exercise.minutes} minutes)\n   asked     {exercise.asks}\n"
-            f"   help      hint({exercise.id!r}) gives the first of {len(exercise.hints)} steps\n"
+            f"·  {head}: not started ({exercise.minutes} minutes)\n   asked       {exercise.asks}\n"
+            f"   help        hint({exercise.id!r}) gives the first of {len(exercise.hints)} steps\n"
             "   The lesson goes on with the reference."
         )
     lines = [f"   ✓ {tested}" for tested in result.tested]
@@ -386,7 +386,7 @@ def _message(result: Result) -> str:
         looks += f" (see: {failure.bug.link})"
     ladder = {"tested": failure.tested, "returned": failure.returned, "looks like": looks}
     ladder["help"] = f"hint({exercise.id!r}) gives the next of {len(exercise.hints)} steps"
-    told = [f"   {name:<10}" + text.replace("\n", "\n" + " " * 13) for name, text in ladder.items()]
+    told = [f"   {name:<12}" + text.replace("\n", "\n" + " " * 15) for name, text in ladder.items()]
     return "\n".join([f"✗  {head}: not yet", *lines, *told, "   The lesson goes on with the reference."])
 
 

@@ -79,7 +79,11 @@ class InstrumentedArray(ndarray):
         result = super().__array_function__(function, types, args, kwargs)
         if log is not None and function in MULTIPLICATIONS:
             log.multiplications += MULTIPLICATIONS[function](*args[:2])
-        return _watched(result, log, getattr(function, "__name__", "?"))
+        if isinstance(result, ndarray) and log is not None:
+            inputs = [leaf for leaf in _leaves(args) if isinstance(leaf, ndarray)]
+            if not any(np.may_share_memory(result, array) for array in inputs):
+                log.allocated.append((getattr(function, "__name__", "?"), result.shape))
+        return _watched(result, log, None)
 
     def dot(self, other: Any, out: Any = None) -> Any:
         """`x.dot(y)` as `np.dot(x, y)`: the method alone would pass unseen."""
@@ -113,12 +117,13 @@ def _log_of(values: Any) -> Log | None:
     return next((value.log for value in values if isinstance(value, InstrumentedArray) and value.log is not None), None)
 
 
-def _watched(result: Any, log: Log | None, operation: str) -> Any:
+def _watched(result: Any, log: Log | None, operation: str | None) -> Any:
+    """The result as an instrumented array; logged, if the operation is named and it is no view."""
     if isinstance(result, tuple):
         return tuple(_watched(item, log, operation) for item in result)
     if not isinstance(result, ndarray):
         return result
-    if log is not None and result.base is None:  # a view allocates nothing
+    if log is not None and operation is not None and result.base is None:
         log.allocated.append((operation, result.shape))
     view = result.view(InstrumentedArray)
     view.log = log

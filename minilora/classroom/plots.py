@@ -91,14 +91,15 @@ def png(figure: Figure) -> bytes:
 def filmstrip(frames: Sequence[Figure], labels: Sequence[str]) -> Figure:
     """Several figures as the frames of one, two to a row, each under its label."""
     rows = -(-len(frames) // 2)
-    width = 9.0
+    width = 10.0
     first = frames[0].get_size_inches()
-    figure = new_figure(width, rows * (width / 2 * first[1] / first[0] + 0.3))
+    figure = new_figure(width, rows * (width / 2 * first[1] / first[0] + 0.45))
     for axes, frame, label in zip(figure.subplots(rows, 2, squeeze=False).flat, frames, labels, strict=False):
         axes.imshow(_pixels(frame), interpolation="lanczos")
         axes.set_title(label, fontweight="bold")
     for axes in figure.axes:
         axes.set_axis_off()
+    figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr,call-arg]
     return figure
 
 
@@ -210,9 +211,10 @@ def recovery(errors: dict[int, Sequence[float]], floors: dict[int, float], every
         if floors[r] > 0:
             axes.axhline(floors[r], color=colour, linestyle="--", linewidth=1)
     axes.set_yscale("log")
+    axes.set_ylim(1e-7, 2)
     axes.set(xlabel="steps of SGD", ylabel="‖ΔW − planted‖ / ‖planted‖")
     axes.grid(axis="y")
-    axes.legend(loc="lower left", ncols=len(errors))
+    axes.legend(loc="center right", title="dashed: the best this rank can do")
     return figure
 
 

@@ -24,7 +24,7 @@ class Llama3Scaling:
     def scale(self, frequency: float) -> float:
         """Slow a frequency down by `factor` where it turns rarely in the old context, keep it where it turns often.
 
-        turns = original context · frequency / 2π; between `low_freq_factor` and `high_freq_factor` turns the two are mixed.
+        turns = original context · frequency / 2π; from `low_freq_factor` to `high_freq_factor` turns the two are mixed.
         """
         turns = self.original_max_position_embeddings * frequency / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
@@ -58,7 +58,15 @@ class ModelConfig:
         if self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.n_heads)
         problems = []
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "max_seq_len",
+        ):
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}, it must be at least 1")
         if self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads:
@@ -71,7 +79,7 @@ class ModelConfig:
     def rope_frequencies(self) -> list[float]:
         """Radians per position for each pair of features of a head, fastest first.
 
-            frequency[i] = theta^(−2i / head_dim)                    [RoPE] section 3.2.2
+        frequency[i] = theta^(−2i / head_dim)                    [RoPE] section 3.2.2
         """
         frequencies = [self.rope_theta ** (-i / self.head_dim) for i in range(0, self.head_dim, 2)]
         if self.rope_scaling is None:
@@ -86,7 +94,14 @@ class ModelConfig:
             ValueError: if keys are missing, or ask for what `model.py` does not compute (all of them at once).
         """
         problems = _unsupported(config)
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        )
         problems += [f"{name} is missing" for name in sizes if name not in config]
         if problems:
             raise ValueError("cannot build this model:\n  " + "\n  ".join(problems))

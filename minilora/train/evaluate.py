@@ -1,7 +1,8 @@
 """How good is it: answers compared to the letter, answers that are JSON at all, and perplexity on plain English.
 
-Perplexity is the price of what was done to the model on text that has nothing to do with the task. The text is the
-reference manual of Python that `help()` shows: it lies on every machine that has Python.
+Perplexity is the price of what was done to a model, on text that has nothing to do with the task. The text is Python's
+own manual, as `help()` shows it: it lies on every machine that has Python. It differs a little between versions of
+Python, so compare perplexities of one run.
 """
 
 import json
@@ -11,36 +12,97 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int64
-from torch import Tensor, nn
+from torch import nn
 
-from minilora.llm.model import generate
+from minilora.llm.generation import generate
+from minilora.llm.model import Decoder
+from minilora.llm.tokenizer import Tokenizer
 
 
 def generate_answers(
-    model: nn.Module,
-    prompts: Sequence[list[int]],
-    stop_tokens: Sequence[int],
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int = 50,
-) -> list[list[int]]:
-    """Greedy answers, in the order of the prompts, without the stop token."""
+) -> list[str]:
+    """Answer each prompt greedily; the answers stand in the order of the prompts.
+
+    Prompts of like length are answered together, so that little is computed for padding.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = [prompts[i] for i in rows]
+        written = generate(model, batch, max_new_tokens=max_new_tokens, stop_tokens=tokenizer.stop_tokens)
+        for i, tokens in zip(rows, written, strict=True):
+            answers[i] = tokenizer.decode(tokens)
+    return answers
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """The share, from 0 to 1, of answers that equal their reference to the letter (spaces around it aside).
+    """Share, from 0 to 1, of the answers that equal their reference to the letter, spaces around them aside.
 
-    >>> exact_match(["a", " b ", "c"], ["a", "b", "d"])
-    0.6666666666666666
+    Raises:
+        ValueError: if there is no answer, or not one for each reference.
+
+    >>> exact_match(["a", " b ", "c", "d"], ["a", "b", "C", ""])
+    0.5
     """
-    if len(answers) != len(references) or not answers:
-        raise ValueError(f"cannot compare {len(answers)} answers with {len(references)} references: one each, at least one")
+    if not answers or len(answers) != len(references):
+        raise ValueError(f"cannot compare {len(answers)} answers with {len(references)} references: give one for each")
     return sum(a.strip() == b.strip() for a, b in zip(answers, references, strict=True)) / len(answers)
 
 
 def valid_json(answers: Sequence[str]) -> float:
-    """The share, from 0 to 1, of answers that parse as a JSON object.
+    """Share, from 0 to 1, of the answers that are one JSON object and nothing else.
 
-    >>> valid_json(['{"a": 1}', "{'a': 1}", "1", "Sure! Here you are"])
+    Raises:
+        ValueError: if there is no answer.
+
+    >>> valid_json(['{"a": 1}', "{'a': 1}", "1", 'Here you are: {"a": 1}'])
     0.25
     """
+    if not answers:
+        raise ValueError("cannot say how many of 0 answers are JSON: give at least one")
+    return sum(parse_object(answer) is not None for answer in answers) / len(answers)
+
+
+def parse_object(answer: str) -> dict[str, object] | None:
+    """The JSON object that an answer is, or None."""
+    try:
+        value = json.loads(answer)
+    except (ValueError, RecursionError):  # a model may well open ten thousand brackets
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def english_text() -> str:
+    """A few hundred pages of English that this machine has already: the topics of Python's `help()`."""
+    return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, tokens: Sequence[int], seq_len: int = 512) -> float:
+    """exp of the mean loss over all tokens but the first of each window: how many it hesitates between.
+
+        perplexity = exp(− mean log p(token[i] | tokens before it in its window))
+
+    `tokens` is cut into windows of `seq_len`; a rest that fills no window is left out. Logits are summed up in
+    float32, whatever dtype the model has.
+
+    Raises:
+        ValueError: if there is not one full window of at least two tokens.
+    """
+    n_windows = len(tokens) // max(seq_len, 1)
+    if n_windows == 0 or seq_len < 2:
+        raise ValueError(
+            f"cannot cut {len(tokens)} tokens into windows of seq_len={seq_len}: give at least one window of 2 or more"
+        )
+    windows = torch.tensor(tokens[: n_windows * seq_len]).view(n_windows, seq_len)
+    total = 0.0  # nats
+    for window in windows:
+        logits = model(window[None])[0, :-1].float()
+        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    return math.exp(total / (n_windows * (seq_len - 1)))

@@ -98,8 +98,8 @@ def write(n: int, rng: random.Random, first: list[str], last: list[str], shapes:
     while len(examples) < n:
         name = f"{rng.choice(first)} {rng.choice(last)}"
         city, quantity, day = rng.choice(CITIES), random_quantity(rng), random_day(rng)
-        shape = rng.choice(shapes)
-        sentence = shape.format(name=name, city=city, n=quantity, things=rng.choice(THINGS), date=spell(day, rng))
+        shape, things, when = rng.choice(shapes), rng.choice(THINGS), rng.choice(spellings(day))
+        sentence = shape.format(name=name, city=city, n=quantity, things=things, date=when)
         examples[sentence] = Example(sentence, name, city, quantity, day.isoformat(), shape)
     return list(examples.values())
 
@@ -114,21 +114,23 @@ def random_day(rng: random.Random) -> date:
     return date(1990, 1, 1) + timedelta(days=rng.randrange(40 * 365 + 10))
 
 
-def spell(day: date, rng: random.Random) -> str:
-    """One of the unambiguous ways to write a date; never 03/04/2021, which means two days."""
+def spellings(day: date) -> list[str]:
+    """The unambiguous ways to write a date; never 03/04/2021, which means two days.
+
+    >>> spellings(date(2021, 3, 1))[:3]
+    ['1 March 2021', 'March 1, 2021', '1st March 2021']
+    """
     month = MONTHS[day.month - 1]
-    ordinal = "th" if 10 <= day.day % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day.day % 10, "th")
-    return rng.choice(
-        [
-            f"{day.day} {month} {day.year}",
-            f"{month} {day.day}, {day.year}",
-            f"{day.day}{ordinal} {month} {day.year}",
-            f"the {day.day}{ordinal} of {month} {day.year}",
-            f"{month[:3]} {day.day}, {day.year}",
-            f"{day.day} {month[:3]} {day.year}",
-            day.isoformat(),
-        ]
-    )
+    ordinal = "th" if 10 <= day.day <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day.day % 10, "th")
+    return [
+        f"{day.day} {month} {day.year}",
+        f"{month} {day.day}, {day.year}",
+        f"{day.day}{ordinal} {month} {day.year}",
+        f"the {day.day}{ordinal} of {month} {day.year}",
+        f"{month[:3]} {day.day}, {day.year}",
+        f"{day.day} {month[:3]} {day.year}",
+        day.isoformat(),
+    ]
 
 
 MONTHS = "January February March April May June July August September October November December".split()

@@ -1,6 +1,7 @@
 """Adapters travel both ways between PEFT and us, with the same logits and the same gradients."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_our_adapter_opens_in_peft_with_the_same_logits(tmp_path, case, use_rslo
         nn.init.normal_(layer.A, std=0.3)
         nn.init.normal_(layer.B, std=0.3)
     save_adapter(ours, tmp_path, base_name=f"tiny/{kind}")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is (kind == "gpt2")
     theirs = PeftModel.from_pretrained(tiny(kind), tmp_path).eval()
     logits, plain = ours(TOKENS).logits, tiny(kind)(TOKENS).logits
 

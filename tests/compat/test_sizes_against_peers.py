@@ -83,7 +83,7 @@ def on_meta(arch: Architecture) -> transformers.PreTrainedModel:
 # --- counts -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES.keys() - {"gpt-3-175b"})
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gpt-3-175b"])
 def test_every_parameter_has_the_name_and_shape_that_transformers_gives_it(name):
     model = on_meta(ARCHITECTURES[name])
     assert parameter_shapes(ARCHITECTURES[name]) == {key: tuple(p.shape) for key, p in model.named_parameters()}

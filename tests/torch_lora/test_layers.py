@@ -313,3 +313,11 @@ def test_a_wrong_shape_is_caught_by_the_types_in_the_signature():
 
     with pytest.raises(TypeCheckError, match="bypass"):
         bypass(torch.randn(2, 6), torch.randn(3, 6), torch.randn(3, 4), 1.0)  # B is transposed
+
+
+def test_the_padding_token_of_an_embedding_is_not_trained():
+    layer = LoRAEmbedding(nn.Embedding(7, 4, padding_idx=6), r=3, alpha=5)
+    layer(TOKENS).sum().backward()
+
+    assert layer.A.grad[:, 5].any()
+    assert not layer.A.grad[:, 6].any()

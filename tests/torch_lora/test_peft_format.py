@@ -112,6 +112,21 @@ def test_saving_over_an_adapter_leaves_no_temporary_file(saved):
     assert load_file(saved / "adapter_model.safetensors")[Q_A].shape == (3, 8)
 
 
+def test_saving_that_breaks_off_leaves_the_old_files_whole(saved, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    write_bytes = Path.write_bytes
+
+    def disk_full(path: Path, content: bytes) -> int:
+        write_bytes(path, content[: len(content) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(adapted(r=3), saved)
+
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
 def test_another_base_is_warned_of(tmp_path):
     save_adapter(adapted(), tmp_path, base_name="some/base", base_sha256="a" * 64)
 

@@ -1,0 +1,127 @@
+"""What `minilora size` prints."""
+
+import argparse
+import json
+import re
+
+import pytest
+
+from minilora.llm.architectures import ARCHITECTURES
+from minilora.llm.size_report import (
+    MARGIN,
+    _card,
+    add_size_arguments,
+    list_report,
+    run,
+    size_numbers,
+    size_report,
+)
+from minilora.llm.sizes import METHODS, Setup, TrainingBytes, training_bytes
+
+LLAMA_2_7B = ARCHITECTURES["llama-2-7b"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], words: str) -> str:
+    parser = argparse.ArgumentParser()
+    add_size_arguments(parser)
+    assert run(parser.parse_args(words.split())) == 0
+    return capsys.readouterr().out
+
+
+def test_llama_2_7b_with_adapters_on_all_linear_layers(capsys):
+    text = printed(capsys, "llama-2-7b --targets all-linear -r 16")
+    assert re.search(r"trainable +39,976,960 +0\.5898 %", text)
+    assert re.search(r"in all +6,778,392,576\n", text)
+    assert re.search(r"fp32 +159,907,840 bytes \(159\.9 MB\)", text)
+    assert re.search(r"bf16 +79,953,920 bytes \(80\.0 MB\)", text)
+    assert re.search(r"weights +13\.477 +13\.477 +3\.866\n", text)
+
+
+def test_without_a_method_all_three_stand_side_by_side(capsys):
+    assert re.search(r"\n +full +lora +qlora\n", printed(capsys, "gpt2"))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("methods", [METHODS, *[(method,) for method in METHODS]], ids="-".join)
+def test_the_report_fits_a_terminal_of_100_columns(name, methods):
+    setup = Setup(method=methods[0] if len(methods) == 1 else "lora", r=64, batch=16, seq=1024, checkpointing=True)
+    report = size_report(name, ARCHITECTURES[name], setup, methods)
+    assert max(len(line) for line in report.splitlines()) <= 100
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_printed_parts_add_up(method):
+    """Each part is rounded to 0.001 GB, so seven parts can be off by 0.0035 and the sum by 0.0005."""
+    report = size_report("llama-2-7b", LLAMA_2_7B, Setup(method=method), (method,))
+    memory = report.partition("Memory of training in GB")[2]
+    parts = [float(figure) for figure in re.findall(r"^  \w.{25} *([\d.]+)   ", memory, flags=re.MULTILINE)]
+    assert len(parts) > 4
+    assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.004)
+
+
+def test_estimates_are_called_estimates():
+    report = size_report("gpt2", ARCHITECTURES["gpt2"], Setup())
+    assert "activations (estimate)" in report
+    assert "logits, loss (estimate)" in report
+
+
+def test_a_small_model_is_printed_in_mb():
+    report = size_report("smollm2-135m", ARCHITECTURES["smollm2-135m"], Setup(method="qlora", seq=64), ("qlora",))
+    assert "Memory of training in MB" in report
+
+
+def test_two_layers_that_share_a_last_part_have_a_line_each(capsys):
+    text = printed(capsys, "gpt2 --targets c_proj")
+    assert re.search(r"attn\.c_proj +768 → 768 .*\n +mlp\.c_proj +3,072 → 768 ", text)
+    assert "beside 24 matrices" in text
+
+
+def test_targets_are_a_list_with_commas(capsys):
+    assert "8,388,608" in printed(capsys, "llama-2-7b --targets q_proj,v_proj -r 16")
+    assert "8,388,608" in printed(capsys, "llama-2-7b --targets=q_proj,v_proj -r 16")
+
+
+def test_full_fine_tuning_has_no_adapter(capsys):
+    text = printed(capsys, "gpt2 --method full")
+    assert re.search(r"trainable +124,439,808 +100 %", text)
+    assert "Adapter" not in text
+
+
+def test_json_has_the_numbers_of_the_report(capsys):
+    numbers = json.loads(printed(capsys, "llama-2-7b -r 16 --json"))
+    assert numbers["trainable"] == 39_976_960
+    assert numbers["total"] == 6_778_392_576
+    assert round(numbers["trainable_percent"], 4) == 0.5898
+    assert numbers["adapter_bytes"] == {"fp32": 159_907_840, "bf16": 79_953_920}
+    assert list(numbers["training_bytes"]) == list(METHODS)
+    assert numbers["training_bytes"]["qlora"]["total"] == training_bytes(LLAMA_2_7B, Setup(method="qlora", r=16)).total
+
+
+def test_every_option_reaches_the_numbers(capsys):
+    words = "gpt2 --method full --dtype fp16 --optimizer adamw-8bit --batch 3 --seq 100 --checkpointing --json"
+    setup = Setup(
+        method="full", dtype="fp16", optimizer="adamw-8bit", batch=3, seq=100, checkpointing=True, master_weights=False
+    )
+    expected = size_numbers("gpt2", ARCHITECTURES["gpt2"], setup, ("full",))
+    assert json.loads(printed(capsys, f"{words} --no-master-weights")) == json.loads(json.dumps(expected))
+
+
+def test_the_list_has_every_name():
+    names = [line.split()[0] for line in list_report().splitlines()[1:] if "·" in line]
+    assert names == list(ARCHITECTURES)
+
+
+def test_no_model_is_refused_with_a_way_out(capsys):
+    with pytest.raises(ValueError, match=r"which model.*minilora size --list"):
+        printed(capsys, "")
+
+
+def test_a_card_has_room_for_the_margin_and_for_cuda():
+    def using(n_bytes: float) -> TrainingBytes:
+        return TrainingBytes(
+            weights=int(n_bytes), adapter=0, gradients=0, optimizer=0, master=0, activations=0, logits=0
+        )
+
+    assert _card(using((24 * 2**30 - 800e6) / MARGIN - 1)) == "24 GiB"
+    assert _card(using((24 * 2**30 - 800e6) / MARGIN + 2)) == "32 GiB"
+    assert _card(using(1e12)) == "> 141 GiB"
