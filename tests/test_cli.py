@@ -1,9 +1,11 @@
 """The command line as a user meets it."""
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -208,3 +210,16 @@ def test_doctor_prints_its_findings(capsys, monkeypatch):
     monkeypatch.setattr("minilora.doctor.SPEED_SECONDS", 0.01)
     assert main(["doctor"]) in (0, 1)
     assert "  ok  Python " in capsys.readouterr().out
+
+
+def test_the_defaults_that_demo_s_help_tells_are_the_demo_s():
+    from minilora.classroom.demo import Settings
+
+    parser = argparse.ArgumentParser()
+    cli._demo_arguments(parser)
+    told = {
+        option.dest: option.help.rpartition("(default ")[2].rstrip(")")
+        for option in parser._actions
+        if option.help is not None and "(default " in option.help
+    }
+    assert told == {name: str(value) for name, value in asdict(Settings()).items()}

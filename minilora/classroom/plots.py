@@ -235,3 +235,105 @@ def symptoms(healthy: Sequence[float], cases: dict[str, Sequence[float]], every:
     panels[0].set_ylabel("loss")
     panels[0].legend(loc="lower left")
     return figure
+
+
+# ------------------------------------------------------------------------------------------------- lesson 09
+
+FORMAT_LOOK = {"float32": (GREEN, "o"), "bfloat16": (BLUE, "s"), "NF4": (RED, "^")}
+Points = Sequence[tuple[float, float]]  # (ratio, error)
+
+
+@styled
+def merge_error(
+    ratios: Sequence[float],
+    errors: dict[str, Sequence[float]],
+    shown: str,
+    at: float,
+    sample: tuple[np.ndarray, np.ndarray],
+) -> Figure:
+    """The error of a merge against the adapter's size, and beside it, for one format and size, what became of weights.
+
+    `sample` holds what was meant for some weights and what arrived, in units of the typical ΔW.
+    """
+    figure = new_figure(9.5, 4.1)
+    left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
+    _error_lines(left, ratios, errors)
+    left.axvline(at, color=GREY, linewidth=1, linestyle=":")
+    error = errors[shown][list(ratios).index(at)]
+    left.plot(at, error, marker="o", markersize=17, fillstyle="none", color=FORMAT_LOOK[shown][0], markeredgewidth=2)
+    left.text(at, 7, f"{100 * at:.3g} % of W", ha="left" if at < 0.1 else "right", fontweight="bold")
+    colour, marker = FORMAT_LOOK[shown]
+    _arrival(right, *sample, colour=colour, marker=marker, limit=3.5)
+    right.set(xlabel="ΔW as it was meant (typical = 1)", ylabel="what arrived")
+    right.text(-3.3, 3, f"single weights, {shown}", color=colour, fontweight="bold")
+    return figure
+
+
+def _error_lines(axes: Axes, ratios: Sequence[float], errors: dict[str, Sequence[float]]) -> None:
+    """One line for each format, with its name, and the line above which nothing of the adapter is left."""
+    for (name, line), height in zip(errors.items(), (1e-6, 0.03, 2), strict=True):
+        colour, marker = FORMAT_LOOK[name]
+        axes.plot(ratios, line, color=colour, marker=marker)
+        axes.text(ratios[0], height, name, color=colour, fontweight="bold")
+    axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
+    axes.text(ratios[-1] * 1.3, 1.3, "1: as good as not merged", ha="right", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set(xlim=(7e-5, 1.5), ylim=(2e-9, 30))
+    axes.set(xlabel="size of the adapter, ‖ΔW‖ / ‖W‖", ylabel="error of the merge / effect of the adapter")
+    axes.grid(True)
+
+
+def _arrival(
+    axes: Axes, meant: np.ndarray, arrived: np.ndarray, *, colour: str, marker: str, limit: float, size: float = 9
+) -> None:
+    """A dot for each number: what was meant to the right, what arrived upwards; a right merge lies on the diagonal."""
+    axes.plot([-limit, limit], [-limit, limit], color=GREY, linestyle="--", linewidth=1)
+    axes.scatter(meant, arrived, s=size, color=colour, marker=marker, alpha=0.75, linewidths=0)
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+
+
+@styled
+def arrivals(panels: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """One panel for each merge: of every output, the adapter's effect as it was meant, and as it arrived."""
+    figure = new_figure(9.5, 2.6)
+    row = figure.subplots(1, len(panels), sharey=True)
+    for axes, (name, (meant, arrived)), colour, marker in zip(row, panels.items(), COLOURS, MARKERS, strict=False):
+        _arrival(axes, meant, arrived, colour=colour, marker=marker, limit=3, size=14)
+        axes.set_title(name)
+    row[0].set_ylabel("effect that arrived")
+    figure.supxlabel("effect that was meant (typical = 1)", fontsize=10, color=GREY)
+    return figure
+
+
+@styled
+def drifts(curves: dict[str, Sequence[float]]) -> Figure:
+    """How far W is from where it was, against the number of merges and unmerges, both on log scales."""
+    figure = new_figure(9, 3.6)
+    axes = figure.subplots()
+    for (name, curve), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+        cycles = np.arange(1, len(curve) + 1)
+        axes.loglog(cycles, curve, color=colour, marker=marker, markevery=[0, 1, 3, 9, 29, len(curve) - 1])
+        axes.text(cycles[-1] * 1.12, curve[-1], name, color=colour, va="center", fontweight="bold")
+    axes.set(xlim=(0.9, 900), xlabel="cycles of merge and unmerge", ylabel="‖W now − W then‖ / ‖W then‖")
+    axes.set_xticks([1, 10, 100], ["1", "10", "100"])
+    axes.minorticks_off()
+    axes.grid(True)
+    return figure
+
+
+@styled
+def real_merges(
+    ratios: Sequence[float], errors: dict[str, Sequence[float]], layers: dict[str, Points], logits: dict[str, Points]
+) -> Figure:
+    """The lines of merge_error; on them the layers of a real model, and as stars what its outputs made of it."""
+    figure = new_figure(9, 4.1)
+    axes = figure.subplots()
+    _error_lines(axes, ratios, errors)
+    for name in layers:
+        colour, marker = FORMAT_LOOK[name]
+        for points, shape, size in ((layers[name], marker, 30), (logits[name], "*", 260)):
+            sizes, errors_of = np.transpose(points)
+            axes.scatter(sizes, errors_of, size, color=colour, marker=shape, alpha=0.7, edgecolors=GREY, zorder=3)
+    axes.text(2.2e-4, 3e-8, "small: layers of the real model   ★: its logits", color=GREY)
+    return figure

@@ -119,7 +119,7 @@ def _steps(
 def _next_logits(
     model: Decoder, tokens: Int[Tensor, "batch seq"], is_real: Bool[Tensor, "batch total"], cache: KVCache
 ) -> Float[Tensor, "batch vocab"]:
-    """Read the new tokens and return the logits of the last one alone: in a small model the head is a fifth of the work."""
+    """Read the new tokens and return the logits of the last one alone: the head is a fifth of a small model's work."""
     past, total = cache.length, is_real.shape[1]
     positions, mask = None, None
     if not is_real.all():

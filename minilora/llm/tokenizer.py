@@ -93,9 +93,7 @@ class Tokenizer:
         """
         if not self.control_tokens:
             return self.encode(self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt))
-        texts: list[str] = []
-        _map_text(messages, lambda text: texts.append(text) or text)
-        mark = _unused_character("".join(texts))
+        mark = _unused_character(json.dumps(messages, ensure_ascii=False, default=str))
         longest_first = sorted(self.control_tokens, key=len, reverse=True)
         control = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         broken = _map_text(messages, lambda text: control.sub(lambda found: found[0][0] + mark + found[0][1:], text))

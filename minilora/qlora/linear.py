@@ -100,9 +100,7 @@ class _FrozenProduct(torch.autograd.Function):
         return F.linear(x, layer.dense_weight(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
-        if not ctx.needs_input_grad[0]:
-            return None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return dy @ ctx.layer.dense_weight(dy.dtype), None
 
 

@@ -36,7 +36,9 @@ class Sample:
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.labels):
-            raise ValueError(f"{self.name} has {len(self.tokens)} tokens and {len(self.labels)} labels: one each, please")
+            raise ValueError(
+                f"{self.name} has {len(self.tokens)} tokens and {len(self.labels)} labels: one each, please"
+            )
         if all(label == IGNORED for label in self.labels[1:]):
             raise ValueError(
                 f"{self.name} has no label that carries loss: all {len(self.labels)} are masked; "

@@ -8,6 +8,7 @@ Python, so compare perplexities of one run.
 import json
 import math
 import pydoc_data.topics
+import re
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,9 @@ from torch import nn
 from minilora.llm.generation import generate
 from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer
+from minilora.train.extraction import KEYS, Example
+
+DATE_FORMAT = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 def generate_answers(
@@ -78,6 +82,29 @@ def parse_object(answer: str) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
+def explain_miss(answer: str, example: Example) -> list[str]:
+    """Say what is wrong with an answer, each fact on its own; nothing if it is exact.
+
+    >>> example = Example("…", name="Ana Roy", city="Oslo", quantity=14, date="2021-03-05", shape="…")
+    >>> explain_miss(example.answer.replace("Ana", "Anna").replace("2021-03-05", "5 March"), example)
+    ['miscopied name', 'wrong date format']
+    """
+    if answer.strip() == example.answer:
+        return []
+    facts = parse_object(answer)
+    if facts is None:
+        return ["not JSON"]
+    if set(facts) != set(KEYS):
+        return ["other keys"]
+    problems = [f"miscopied {key}" for key in ("name", "city") if facts[key] != getattr(example, key)]
+    if facts["quantity"] != example.quantity:
+        problems.append("number in quotes" if facts["quantity"] == str(example.quantity) else "wrong number")
+    if facts["date"] != example.date:
+        is_date = isinstance(facts["date"], str) and DATE_FORMAT.fullmatch(facts["date"])
+        problems.append("wrong date" if is_date else "wrong date format")
+    return problems or ["right facts, written otherwise"]
+
+
 def english_text() -> str:
     """A few hundred pages of English that this machine has already: the topics of Python's `help()`."""
     return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
@@ -100,7 +127,8 @@ def perplexity(model: nn.Module, tokens: Sequence[int], seq_len: int = 512) -> f
         raise ValueError(
             f"cannot cut {len(tokens)} tokens into windows of seq_len={seq_len}: give at least one window of 2 or more"
         )
-    windows = torch.tensor(tokens[: n_windows * seq_len]).view(n_windows, seq_len)
+    device = next((p.device for p in model.parameters()), None)
+    windows = torch.tensor(tokens[: n_windows * seq_len], device=device).view(n_windows, seq_len)
     total = 0.0  # nats
     for window in windows:
         logits = model(window[None])[0, :-1].float()

