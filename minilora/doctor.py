@@ -108,19 +108,25 @@ def packages_check(name: str, packages: Sequence[str], mark_if_missing: str, rem
 
 
 def core_check() -> Check:
-    return packages_check("packages", CORE, NEEDED, "pip install minilora, in this environment")
+    return packages_check("packages", CORE, NEEDED, "in the project's folder: pip install -e .")
 
 
 def course_check() -> Check:
-    return packages_check("course", COURSE, OPTIONAL, 'for the notebooks: pip install "minilora[course]", or make lab')
+    return packages_check(
+        "course", COURSE, OPTIONAL, 'for the notebooks: make lab, or pip install -e ".[course]" in the project'
+    )
 
 
 def peers_check() -> Check:
-    return packages_check("peers", PEERS, OPTIONAL, 'for tests against them: pip install "minilora[dev]"')
+    return packages_check(
+        "peers", PEERS, OPTIONAL, 'for the tests against them: make test, or pip install -e ".[dev]" in the project'
+    )
 
 
 def tools_check() -> Check:
-    return packages_check("test tools", TOOLS, OPTIONAL, 'for the tests: pip install "minilora[dev]", or make test')
+    return packages_check(
+        "test tools", TOOLS, OPTIONAL, 'for the tests: make test, or pip install -e ".[dev]" in the project'
+    )
 
 
 def browser_check() -> Check:

@@ -167,10 +167,17 @@ def test_ctrl_c_ends_with_130_and_a_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "\nminilora: stopped by Ctrl-C\n"
 
 
-def test_nobody_reading_on_is_no_error():
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_nobody_reading_on_is_no_error(unbuffered):
     command = f"{sys.executable} -m minilora.cli size --list | true; exit ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert result.stderr == ""
+    result = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_terminal_that_knows_only_ascii_is_served():
@@ -222,4 +229,5 @@ def test_the_defaults_that_demo_s_help_tells_are_the_demo_s():
         for option in parser._actions
         if option.help is not None and "(default " in option.help
     }
-    assert told == {name: str(value) for name, value in asdict(Settings()).items()}
+    own = {name: str(value) for name, value in asdict(Settings()).items()}
+    assert told == {name: own[name] for name in told}

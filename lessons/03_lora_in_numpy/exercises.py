@@ -4,6 +4,7 @@ The inputs are generic on purpose: in ≠ out, r ≠ alpha, B ≠ 0. With r = al
 with B = 0 most mistakes in the bypass could not.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -423,5 +424,23 @@ TRAINING = Exercise(
         ),
     ),
 )
+
+# --------------------------------------------------------------------------------------- section 8: which bug is this?
+
+PATIENTS = {
+    "1": ("03.3", "summed over the rows"),
+    "2": ("03.3", "only B is trained"),
+    "3": ("03.2", "no scaling"),
+    "4": ("03.2", "no bypass in dx"),
+}
+
+
+def patients() -> dict[str, Callable]:
+    """The training function of each patient: a catalogued bug, or the right one over a catalogued bug's gradients."""
+    return {
+        name: TRAINING.bug(bug) if exercise_id == TRAINING.id else functools.partial(train, backward=BACKWARD.bug(bug))
+        for name, (exercise_id, bug) in PATIENTS.items()
+    }
+
 
 EXERCISES = [FORWARD, BACKWARD, TRAINING]

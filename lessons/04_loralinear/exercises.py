@@ -88,7 +88,8 @@ def built(layer_class: Callable, case: Case, **settings: Any) -> Any:
 
 def portrait(layer_class: Callable, case: Case) -> dict[str, Any]:
     """All about a layer class that is compared: what it computes and, in words, what it is."""
-    if all(is_stub(vars(layer_class).get(name, is_stub)) for name in ("__init__", "forward")):
+    written = [vars(layer_class)[name] for name in ("__init__", "forward") if name in vars(layer_class)]
+    if written and all(is_stub(method) for method in written):
         raise NotImplementedError
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -98,10 +99,9 @@ def portrait(layer_class: Callable, case: Case) -> dict[str, Any]:
             "trains": names_of(name for name, p in layer.named_parameters() if p.requires_grad),
             "saved beside the base": names_of(name for name in layer.state_dict() if not name.startswith("base.")),
             "at the start": start_of(layer_class),
-            "dropout": where_dropout_acts(layer_class),
         }
-        layer = put(layer, case["A"], case["B"])
-        return {**numbers_of(layer, case), **words}
+        numbers = numbers_of(put(layer, case["A"], case["B"]), case)
+        return {**words, **numbers, "dropout": where_dropout_acts(layer_class) if numbers["h"] is not None else None}
 
 
 def names_of(names: Any) -> str:
@@ -110,11 +110,11 @@ def names_of(names: Any) -> str:
 
 
 def numbers_of(layer: Any, case: Case) -> dict[str, Any]:
-    """The output, the update, and the gradients that autograd finds for a given dy; which of them there are, in words."""
+    """The output, the update, and the gradients that autograd finds for a given dy; in words, which of them exist."""
     x = case["x"].clone().requires_grad_()
     h = layer(x)
-    if not isinstance(h, Tensor):
-        return {"h": h}
+    if not isinstance(h, Tensor):  # a forgotten return
+        return dict.fromkeys(("h", "delta_weight", "gradients reach", "dx", "dA", "dB"))
     inputs = {"x": x, "A": layer.A, "B": layer.B}
     found = {
         name: torch.autograd.grad(h, each, case["dy"], allow_unused=True, retain_graph=True)[0]
@@ -123,7 +123,12 @@ def numbers_of(layer: Any, case: Case) -> dict[str, Any]:
     }
     reached = [name for name, gradient in found.items() if gradient is not None]
     gradients = {f"d{name}": found[name] if name in reached else torch.zeros_like(inputs[name]) for name in inputs}
-    return {"h": h, "delta_weight": layer.delta_weight(), "gradients reach": ", ".join(reached) or "nothing", **gradients}
+    return {
+        "h": h,
+        "delta_weight": layer.delta_weight(),
+        "gradients reach": ", ".join(reached) or "nothing",
+        **gradients,
+    }
 
 
 def start_of(layer_class: Callable) -> str:
@@ -138,27 +143,29 @@ def start_of(layer_class: Callable) -> str:
 
 
 def where_dropout_acts(layer_class: Callable) -> str:
-    """Where a layer drops, in words: read off its output, with square factors that can be inverted."""
-    Q = [torch.linalg.qr(torch.randn(6, 6))[0] for _ in range(3)]
-    base = nn.Linear(6, 6, bias=False)
-    base.weight = nn.Parameter(3 * Q[0])
-    layer = put(layer_class(base, r=6, alpha=6.0, dropout=0.5), A=Q[1], B=Q[2])
+    """Where a layer drops, in words: read off its output, with factors that can be undone.
+
+    The columns of A, B and W are orthogonal, in = 6 < r = 7 < out = 8 and alpha / r = 1, so u = rest B and x = u A.
+    """
+    A, B, W = (torch.linalg.qr(torch.randn(shape))[0] for shape in ((7, 6), (8, 7), (8, 6)))
+    base = nn.Linear(6, 8, bias=False)
+    base.weight = nn.Parameter(3 * W)
+    layer = put(layer_class(base, r=7, alpha=7.0, dropout=0.5), A, B)
     x = 1 + torch.rand(64, 6)
     with torch.no_grad():
         layer.eval()
         if not torch.equal(layer(x), layer(x)):
             return "in evaluation too"
         out = layer.train()(x)
-    highway, bypass = x @ base.weight.T, x @ Q[1].T @ Q[2].T
+    highway, bypass = x @ (3 * W).T, x @ A.T @ B.T
     rest = out - highway
-    before_both = out @ torch.linalg.inv(base.weight + Q[2] @ Q[1]).T
     places = {
         "nowhere": torch.allclose(rest, bypass, atol=1e-4),
-        "on the bypass's input, in training only": is_dropped(rest @ Q[2] @ Q[1], x),  # Q's inverse is its transpose
-        "on x' A, inside the bypass": is_dropped(rest @ Q[2], x @ Q[1].T),
+        "on the bypass's input, in training only": is_dropped(rest @ B @ A, x),
+        "inside the bypass": is_dropped(rest @ B, x @ A.T),
         "on the bypass's output": is_dropped(rest, bypass),
         "on the layer's output": is_dropped(out, highway + bypass),
-        "on the input of base and bypass": is_dropped(before_both, x),
+        "on the input of base and bypass": is_dropped(out @ torch.linalg.pinv(3 * W + B @ A).T, x),
     }
     return next((place for place, is_here in places.items() if is_here), "somewhere else")
 
@@ -376,22 +383,27 @@ MODULE = Exercise(
         Property(name="it never makes a matrix as large as W", test=never_forms_the_product),
     ),
     hints=(
-        "Begin __init__ with super().__init__(), keep the given layer as self.base, and freeze it: requires_grad_(False).",
-        "A and B are nn.Parameter of shapes (r, in) and (out, r). in and out are base.in_features and base.out_features.",
+        "Begin __init__ with super().__init__(), keep the given layer as self.base, and freeze it: "
+        "requires_grad_(False).",
+        "A and B are nn.Parameter of shapes (r, in) and (out, r). in and out are base.in_features and "
+        "base.out_features.",
         "B = zeros. A = empty, then nn.init.kaiming_uniform_(A, a=math.sqrt(5)). Do not forget alpha / r.",
-        "forward: self.base(x) plus the bypass, whose input is F.dropout(x, p, self.training): the third argument matters.",
+        "forward: self.base(x) plus the bypass, whose input is F.dropout(x, p, self.training): the third argument "
+        "matters.",
     ),
     bugs=(
         Bug(
             name="no scaling",
             function=NoScaling,
-            why="You left out alpha / r: alpha has no effect, and tools that apply it will run your file too loud or soft.",
+            why="You left out alpha / r: alpha has no effect, and tools that apply it will run your file too loud or "
+            "soft.",
             link="5 · Derivation",
         ),
         Bug(
             name="bias lost",
             function=ForgottenBias,
-            why="You multiplied with base.weight and lost the bias. Call self.base(x): then a 4-bit base works as well.",
+            why="You multiplied with base.weight and lost the bias. Call self.base(x): then a 4-bit base works as "
+            "well.",
         ),
         Bug(
             name="both zero",
@@ -412,7 +424,8 @@ MODULE = Exercise(
         Bug(
             name="A from randn",
             function=LoudA,
-            why="randn does not know how long a row of A is. kaiming_uniform_ draws within ±1/√in, so that x Aᵀ stays as large as x.",
+            why="randn knows nothing of how long a row of A is; kaiming_uniform_ draws within ±1/√in, so that x Aᵀ "
+            "stays as large as x.",
             link="5 · Derivation",
         ),
         Bug(
@@ -429,13 +442,15 @@ MODULE = Exercise(
         Bug(
             name="plain tensors",
             function=PlainTensors,
-            why="A and B are tensors, not nn.Parameter: no optimizer finds them, no file holds them, .to() leaves them behind.",
+            why="A and B are tensors, not nn.Parameter: no optimizer finds them, no file holds them, .to() leaves "
+            "them behind.",
             link="8 · Break it",
         ),
         Bug(
             name="under no_grad",
             function=NoGradient,
-            why="The bypass runs under torch.no_grad, so no gradient reaches A and B. Freezing is not done with no_grad.",
+            why="The bypass runs under torch.no_grad, so no gradient reaches A and B. Freezing is not done with "
+            "no_grad.",
             link="8 · Break it",
         ),
         Bug(
@@ -452,13 +467,15 @@ MODULE = Exercise(
         Bug(
             name="dropout on the layer's output",
             function=DropsTheOutput,
-            why="You drop from the sum: half of what the frozen layer knows is lost with it. Drop the bypass's input only.",
+            why="You drop from the sum: half of what the frozen layer knows is lost with it. Drop the bypass's input "
+            "only.",
             link="8 · Break it",
         ),
         Bug(
             name="dropout before the base",
             function=DropsForBoth,
-            why="The frozen layer sees the dropped x as well. It was trained on all of x: drop the bypass's input only.",
+            why="The frozen layer sees the dropped x as well. It was trained on all of x: drop the bypass's input "
+            "only.",
         ),
         Bug(
             name="dropout on the bypass's output",
@@ -491,7 +508,10 @@ class Block(nn.Module):
 
 
 def model_inputs(rng: np.random.Generator) -> Case:
-    """The block with adapters on q_proj, v_proj and the head. Somebody was here before: v_proj is frozen whole, the head not."""
+    """The block with adapters on q_proj, v_proj and the head.
+
+    Somebody was here before: v_proj is frozen, its A and B too, and the head is not, with its base.
+    """
     model = Block(rng)
     r = int(rng.integers(2, 5))
     adapt(model.attention, ("q_proj", "v_proj"), lambda base: LoRALinear(base, r=r, alpha=8.0))
@@ -543,7 +563,11 @@ def counts_what_it_froze(function: Callable, case: Case) -> str | None:
     """It returns (trainable, total), in numbers and not in tensors."""
     returned = function(case["model"], case["lora_class"])
     count = count_parameters(case["model"])
-    return None if returned == (count.trainable, count.total) else f"{returned!r}, expected ({count.trainable}, {count.total})"
+    return (
+        None
+        if returned == (count.trainable, count.total)
+        else f"{returned!r}, expected ({count.trainable}, {count.total})"
+    )
 
 
 def settles_the_article(function: Callable, case: Case) -> str | None:
@@ -605,7 +629,8 @@ def _never_switched_on(model: nn.Module, lora_class: type) -> tuple[int, int]:
 FREEZE = Exercise(
     id="04.2",
     title="Freeze all but LoRA",
-    asks="freeze_all_but_lora(model, lora_class) lets only A and B of its lora_class layers train; returns (trainable, total)",
+    asks="freeze_all_but_lora(model, lora_class) lets only A and B of its lora_class layers train; returns "
+    "(trainable, total)",
     points=2,
     minutes=8,
     difficulty=1,
@@ -620,15 +645,18 @@ FREEZE = Exercise(
         Property(name="the article's block: 16,384 of 1,064,960", test=settles_the_article),
     ),
     hints=(
-        "Two steps: freeze everything there is, then switch on again what should train. In this order nothing is forgotten.",
+        "Two steps: freeze everything there is, then switch on again what should train. In this order nothing is "
+        "forgotten.",
         "model.requires_grad_(False) freezes every parameter. model.modules() visits every module at any depth.",
-        "Switch on layer.A and layer.B of each layer that isinstance(layer, lora_class); a tensor counts .numel() numbers.",
+        "Switch on layer.A and layer.B of each layer that isinstance(layer, lora_class); a tensor counts .numel() "
+        "numbers.",
     ),
     bugs=(
         Bug(
             name="only the wrapped layers",
             function=_only_the_wrapped,
-            why="You froze the weights under the adapters; all that has no adapter still trains. This is the article's 540,672.",
+            why="You froze the weights under the adapters; all that has no adapter still trains. This is the "
+            "article's 540,672.",
             link="8 · Break it",
         ),
         Bug(
@@ -652,7 +680,8 @@ FREEZE = Exercise(
                     each for name, each in model.named_parameters() if name.split(".")[-1] in ("A", "B")
                 )
             ),
-            why="You went by the name, and this model has a parameter A that belongs to no adapter: ask for the layer's class.",
+            why="You went by the name, and this model has a parameter A that belongs to no adapter: ask for the "
+            "layer's class.",
         ),
         Bug(
             name="children only",
@@ -666,12 +695,14 @@ FREEZE = Exercise(
         Bug(
             name="never switched on",
             function=_never_switched_on,
-            why="You froze the others but relied on A and B to train already; here somebody had frozen some: switch them on.",
+            why="You froze the others but relied on A and B to train already; here somebody had frozen some: switch "
+            "them on.",
         ),
         Bug(
             name="a flag on the module",
             function=_flags_on_modules,
-            why="module.requires_grad = False only hangs a new attribute on it: call requires_grad_(False), with the underscore.",
+            why="module.requires_grad = False only hangs a new attribute on it: call requires_grad_(False), with the "
+            "underscore.",
         ),
         Bug(
             name="evaluation mode",
@@ -684,7 +715,8 @@ FREEZE = Exercise(
                 _right,
                 lambda model: (len(what_trains(model)), len(list(model.parameters()))),
             ),
-            why="You counted tensors; count the numbers in them, p.numel(). Counts of tensors hide how large each one is.",
+            why="You counted tensors; count the numbers in them, p.numel(). Counts of tensors hide how large each one "
+            "is.",
         ),
         Bug(
             name="the wrong way round",
@@ -724,7 +756,7 @@ class HandmadeBypass(torch.autograd.Function):
 class Handmade(RightLayer):
     """A layer over it: `factors` says by how much each gradient is wrong."""
 
-    factors: dict[str, float] = {}
+    factors: dict[str, float]
 
     def bypass(self, x: Tensor) -> Tensor:
         return HandmadeBypass.apply(x, self.A, self.B, self.scaling, self.factors)
@@ -827,7 +859,8 @@ def _testing(
 GRADIENTS = Exercise(
     id="04.3",
     title="A test of gradients",
-    asks="gradients_are_right(layer, x): True if dx, dA and dB agree with differences, else False; the layer stays as it was",
+    asks="gradients_are_right(layer, x): True if dx, dA and dB agree with differences, else False; the layer stays as "
+    "it was",
     points=3,
     minutes=12,
     difficulty=3,
@@ -841,18 +874,21 @@ GRADIENTS = Exercise(
         "torch.autograd.gradcheck(f, inputs) compares with differences for each input that requires a gradient.",
         "Work on copy.deepcopy(layer).double().eval(): differences need float64, and dropout draws anew at every call.",
         "The layer is new, so B = 0. What do dA and the bypass's part of dx look like there? Fill the copy's B first.",
-        "f = lambda x, A, B: layer(x), inputs = (x, layer.A, layer.B): gradcheck moves them in place. raise_exception=False.",
+        "f = lambda x, A, B: layer(x), inputs = (x, layer.A, layer.B): gradcheck moves them in place. "
+        "raise_exception=False.",
     ),
     bugs=(
         Bug(
             name="in float32",
             function=_testing(dtype=torch.float32),
-            why="gradcheck steps by 1e-6; in float32 such a difference is mostly rounding, so right layers fail: use .double().",
+            why="gradcheck steps by 1e-6; in float32 such a difference is mostly rounding, so right layers fail: use "
+            ".double().",
         ),
         Bug(
             name="B left at zero",
             function=_testing(fills_B=False),
-            why="At B = 0 the bypass's part of dx is zero, and so is dA: a wrong factor in front of them cannot be seen.",
+            why="At B = 0 the bypass's part of dx is zero, and so is dA: a wrong factor in front of them cannot be "
+            "seen.",
             link="8 · Break it",
         ),
         Bug(
@@ -868,7 +904,8 @@ GRADIENTS = Exercise(
         Bug(
             name="only A and B",
             function=_testing(of="AB"),
-            why="You did not check dx. A wrong dx spoils every layer below this one, and no loss curve of this layer shows it.",
+            why="You did not check dx. A wrong dx spoils every layer below this one, and no loss curve of this layer "
+            "shows it.",
         ),
         Bug(
             name="a tolerance for everything",
@@ -883,7 +920,8 @@ GRADIENTS = Exercise(
         Bug(
             name="the layer itself",
             function=_testing(on_a_copy=False),
-            why="layer.double() changes the layer in place: the learner's model is float64 afterwards. Deep-copy it first.",
+            why="layer.double() changes the layer in place: the learner's model is float64 afterwards. Deep-copy it "
+            "first.",
         ),
     ),
 )

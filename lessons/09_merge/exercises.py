@@ -140,7 +140,7 @@ def _in_place(self: AdaptedLayer) -> None:
 MERGE = Exercise(
     id="09.1",
     title="Merge and unmerge, with a guard",
-    asks="class AdaptedLayer: merge() folds ΔW into self.W, unmerge() takes it out; done twice, each raises RuntimeError",
+    asks="class AdaptedLayer: merge() folds ΔW into self.W, unmerge() takes it out; twice is a RuntimeError",
     points=3,
     minutes=10,
     difficulty=1,
@@ -253,6 +253,7 @@ def verdicts(function: Callable, case: Case) -> dict[str, str]:
         "the same, of a large adapter": (base + large + 1e6 * small, base + large, base),
         "the adapter erased": (base, live, base),
         "half of the adapter": (base + effect / 2, live, base),
+        "half of a large adapter": (base + large / 2, base + large, base),
         "the adapter added twice": (live + effect, live, base),
         "another adapter of the same size": (base + other, live, base),
         "an output that is NaN": (broken, live, base),
@@ -519,7 +520,7 @@ FOLD = Exercise(
         Bug(
             name="in float32",
             function=_fold(add=lambda W, delta: W.float() + delta),
-            why="The merged weight is float32 now: twice the memory, and a bfloat16 input no longer fits. Round to W's dtype.",
+            why="The merged weight is float32 now: twice the memory, and no bfloat16 input fits. Round to W's dtype.",
         ),
         Bug(
             name="rounded before the sum",

@@ -121,8 +121,11 @@ def source_cells(lesson: Lesson) -> list[Notebook]:
 
 
 def full_cells(cells: list[Notebook]) -> list[Notebook]:
-    """The cells of the full notebook: all but those tagged `student`."""
-    return [copy.deepcopy(cell) for cell in cells if "student" not in cell.metadata.get("tags", [])]
+    """The cells of the full notebook: all but those tagged `student`, without the markers of solutions."""
+    kept = [copy.deepcopy(cell) for cell in cells if "student" not in cell.metadata.get("tags", [])]
+    for cell in kept:
+        cell.source = "\n".join(line for line in cell.source.splitlines() if line.strip() not in (BEGIN, END))
+    return kept
 
 
 def student_cells(cells: list[Notebook]) -> list[Notebook]:
@@ -236,9 +239,9 @@ def _questions(lesson: Lesson, part: str) -> str:
     quiz = load_quiz(lesson.folder / "quiz.yml")
     if part not in quiz:
         raise LessonError(f"{lesson.name}/quiz.yml has no part {part!r}; it has {sorted(quiz)}")
-    text = []
+    text = ["Open an answer to see what becomes of it.\n"]
     for number, question in enumerate(quiz[part], start=1):
-        text.append(f"**{number}. {question['question'].strip()}** Open an answer to see what becomes of it.\n")
+        text.append(f"**{number}. {question['question'].strip()}**\n")
         for letter, answer in zip("ABCDE", question["answers"], strict=False):
             verdict = "Right." if answer.get("right") else "No."
             text.append(

@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -423,7 +424,8 @@ def predict(name: str, question: str, *, choices: Sequence[str] = (), bet: str |
         record("bets", name, bet=bet)
     among = "  Choices: " + " · ".join(choices) if choices else "  A number."
     placed = f"Your bet: {bet}" if bet is not None else "No bet yet: write it as bet=… above and run the cell again."
-    print(f"Bet “{name}”: {question}\n{among}\n  {placed}")
+    print(textwrap.fill(f"Bet “{name}”: {question}", width=100, subsequent_indent="  "))
+    print(f"{among}\n  {placed}")
 
 
 def settle(name: str, measured: str | float) -> None:

@@ -76,8 +76,8 @@ def parameter_tree(
 ) -> Tree:
     """Say of every parameter whether it trains, and what the optimizer keeps for it.
 
-    `targets` are names of the decoder layers' matrices, "all-linear", or `EVERYTHING`. Where `freezes_rest` is false, a layer's own weight
-    is frozen when it gets an adapter, and nothing else is: a mistake that many a hand-written LoRA makes.
+    `targets` are names of the decoder layers' matrices, "all-linear", or `EVERYTHING`. Where `freezes_rest` is false,
+    a matrix is frozen when it gets an adapter, and nothing else is: a mistake of many a hand-written LoRA.
 
     Raises:
         ValueError: if a target hits nothing, or a matrix outside the decoder layers, or there is no such optimizer.

@@ -23,6 +23,7 @@ except ImportError as error:
     raise ImportError("figures need the course's packages: pip install 'minilora[course]'") from error
 
 from minilora.classroom.costs import BypassCost, human_bytes, human_count
+from minilora.classroom.parameter_tree import Tree
 
 DPI = 144
 
@@ -336,4 +337,127 @@ def real_merges(
             sizes, errors_of = np.transpose(points)
             axes.scatter(sizes, errors_of, size, color=colour, marker=shape, alpha=0.7, edgecolors=GREY, zorder=3)
     axes.text(2.2e-4, 3e-8, "small: layers of the real model   ★: its logits", color=GREY)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------- lesson 04
+
+
+@styled
+def parameter_tree(tree: Tree) -> Figure:
+    """Every kind of parameter of a model on a line: what trains, on orange, and what the optimizer keeps for it."""
+    figure = new_figure(9.5, 0.32 * len(tree.parts) + 1.4)
+    names, bars = figure.subplots(1, 2, width_ratios=[2.1, 1], sharey=True)
+    for line, part in enumerate(tree.parts):
+        inside = part.copies > 1
+        last = inside and (line + 1 == len(tree.parts) or tree.parts[line + 1].copies == 1)
+        label = ("└─ " if last else "├─ ") + part.name.split(".*.")[1] if inside else part.name
+        names.text(0.01, line, label, family="DejaVu Sans Mono", fontsize=9, va="center")
+        size = " × ".join(f"{n:,}" for n in part.shape)
+        _tensor(names, 0.69, line, size, part.trains, band=(0.0, 0.73), side="left")
+        if part.adapter:
+            (r, in_features), (out_features, _) = part.adapter
+            factors = f"A {r} × {in_features:,}    B {out_features:,} × {r}"
+            _tensor(names, 0.765, line, factors, True, band=(0.745, 1.2), side="right")
+    copies = max(part.copies for part in tree.parts)
+    names.text(0.01, -1.1, f"all {copies} layers on one line each", va="center", fontsize=11)
+    for at, word, trains in ((0.58, "frozen", False), (0.765, "trains", True)):
+        _tensor(names, at, -1.1, word, trains, band=None, side="right")
+    names.set(xlim=(0, 1.2), ylim=(len(tree.parts) - 0.4, -1.6))
+    names.set_axis_off()
+    _state_bars(bars, tree)
+    facts = [
+        f"{human_count(tree.trained)} of {human_count(tree.total)} parameters train ({tree.trained / tree.total:.2%})",
+        f"their gradients {human_bytes(tree.gradient_bytes)}",
+        f"optimizer state {human_bytes(tree.state_bytes)}",
+    ]
+    figure.supxlabel("     ·     ".join(facts), fontsize=11, color=GREY, fontweight="bold")
+    return figure
+
+
+def _tensor(
+    axes: Axes, at: float, line: float, words: str, trains: bool, band: tuple[float, float] | None, side: str
+) -> None:
+    """A marker with words on one side of it: an orange circle and band for what trains, a grey square for the frozen."""
+    shape, colour = ("o", ORANGE) if trains else ("s", GREY)
+    axes.plot([at + 0.01], [line], marker=shape, color=colour, markersize=7, linestyle="none", clip_on=False)
+    shift = 0.03 if side == "right" else -0.015
+    axes.text(at + shift, line, words, fontsize=9, va="center", ha="left" if side == "right" else "right")
+    if trains and band:
+        left, right = band
+        axes.add_patch(Rectangle((left, line - 0.42), right - left, 0.84, color=ORANGE, alpha=0.1, linewidth=0))
+        axes.plot([left, left], [line - 0.42, line + 0.42], color=ORANGE, linewidth=2, clip_on=False)
+
+
+def _state_bars(axes: Axes, tree: Tree) -> None:
+    """Bytes of optimizer state beside each line, on a log axis that is the same in every frame."""
+    for line, part in enumerate(tree.parts):
+        if part.state_bytes:
+            axes.barh(line, part.state_bytes, color=ORANGE, height=0.6)
+            text = f" {human_bytes(part.state_bytes)}"
+            axes.text(part.state_bytes, line, text, va="center", fontsize=9, fontweight="bold")
+    axes.set_xscale("log")
+    axes.set_xlim(1e3, 3e10)
+    axes.text(1.3e3, -1.1, "optimizer state, in bytes (log scale)", va="center", fontsize=11)
+    axes.tick_params(axis="both", which="both", length=0, labelbottom=False, labelleft=False)
+    axes.spines["bottom"].set_visible(False)
+
+
+@styled
+def spectra(planted: Sequence[float], learned: dict[str, Sequence[float]], r: int, floor: float) -> Figure:
+    """Singular values of each learned update beside the planted ones; below `floor` is float32's rounding."""
+    figure = new_figure(9, 3.2)
+    panels = figure.subplots(1, len(learned), sharey=True)
+    for axes, (name, values), colour in zip(panels, learned.items(), COLOURS, strict=False):
+        places = np.arange(1, len(values) + 1)
+        shown = np.maximum(values, floor / 10)
+        axes.plot(places[: len(planted)], planted, "_", color=GREY, markersize=26, markeredgewidth=3, label="planted")
+        axes.plot(places[:r], shown[:r], "o", color=colour, label="learned")
+        axes.plot(places[r:], shown[r:], "x", color=GREY, label="rounding")
+        axes.axvline(r + 0.5, color=GREY, linestyle=":", linewidth=1.2)
+        axes.text(r + 0.6, 3, f"r = {r}", va="center")
+        axes.axhspan(floor / 100, floor, color=GREY, alpha=0.15, linewidth=0)
+        axes.set_yscale("log")
+        axes.set(xlabel="number of the singular value", title=name, ylim=(floor / 30, 10))
+        axes.set_xticks(places)
+        axes.grid(axis="y")
+    panels[0].set_ylabel("singular value")
+    panels[0].legend(loc="center right")
+    return figure
+
+
+@styled
+def starts(samples: dict[str, Sequence[float]], bounds: dict[str, float]) -> Figure:
+    """Where the first numbers of A fall, an outline for each way to draw them; dotted, named bounds on both sides."""
+    figure = new_figure(9, 2.7)
+    axes = figure.subplots()
+    limit = 1.15 * max(max(map(abs, values)) for values in samples.values())
+    edges = np.linspace(-limit, limit, 121)
+    for (name, values), colour, line in zip(samples.items(), COLOURS, ("-", "--", "-."), strict=False):
+        heights, _ = np.histogram(values, bins=edges, density=True)
+        axes.stairs(heights, edges, color=colour, linestyle=line, linewidth=1.8, label=name)
+    top = axes.get_ylim()[1]
+    for (name, bound), height in zip(bounds.items(), (0.93, 0.62), strict=False):
+        for side in (-bound, bound):
+            axes.axvline(side, color=GREY, linestyle=":", linewidth=1)
+        axes.text(bound, height * top, f" ±{name}", va="center")
+    axes.set(xlabel="an entry of A before the first step", ylabel="density")
+    axes.legend(loc="upper left")
+    return figure
+
+
+@styled
+def patients(healthy: Sequence[float], cases: dict[str, Sequence[float]], every: int, floor: float) -> Figure:
+    """One panel for each case: its loss over the healthy one's; dotted, the best that the rank allows."""
+    figure = new_figure(9, 2.9)
+    panels = figure.subplots(1, len(cases), sharey=True)
+    for axes, (name, curve), colour in zip(panels, cases.items(), COLOURS, strict=False):
+        steps = np.arange(len(healthy)) * every
+        axes.plot(steps, healthy, color=GREY, linewidth=4, alpha=0.45, label="healthy")
+        axes.plot(steps[: len(curve)], curve, color=colour, linestyle="--", linewidth=1.8, label="sick")
+        axes.axhline(floor, color=GREY, linestyle=":", linewidth=1.2, label="best of this rank")
+        axes.set(title=f"Patient {name}", xlabel="steps", yscale="log")
+        axes.grid(axis="y")
+    panels[0].set_ylabel("loss")
+    panels[0].legend(loc="lower left", fontsize=8)
     return figure

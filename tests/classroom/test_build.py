@@ -204,6 +204,7 @@ def test_cells_go_where_their_tags_say(lesson: Lesson):
     cells = source_cells(lesson)
     full, student = ("\n".join(cell.source for cell in made) for made in (full_cells(cells), student_cells(cells)))
 
+    assert "SOLUTION" not in full and "return 2 * x" in full
     assert "Only with the answers." in full and "Only for you." not in full
     assert "Only for you." in student and "Only with the answers." not in student
 
