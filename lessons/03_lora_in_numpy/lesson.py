@@ -49,9 +49,14 @@ np.set_printoptions(precision=4, suppress=True)
 # %% [markdown] tags=["slide"]
 # ## 2 · The problem
 #
-# You have a trained layer and want it to do something slightly different. Its weight `W` is 4096 × 4096, as in a 7-billion-parameter model, which has 224 linear layers of this size and larger. To train `W` itself you hold its gradient and Adam's two averages beside it, each as large as `W`: three more matrices for every one you have. What you learn is a change `ΔW`, and lesson 02 showed that a change of low rank can be written with far fewer numbers. So keep `W` still, learn the thin factors of the change, and be careful never to multiply them out.
+# You have a trained layer and want it to do something slightly different. Its weight `W` is 4096 × 4096, as in a
+# 7-billion-parameter model, which has 224 linear layers of this size and larger. To train `W` itself you hold its
+# gradient and Adam's two averages beside it, each as large as `W`: three more matrices for every one you have. What you
+# learn is a change `ΔW`, and lesson 02 showed that a change of low rank can be written with far fewer numbers. So keep
+# `W` still, learn the thin factors of the change, and be careful never to multiply them out.
 #
-# The number that hurts: **192 MiB** of gradient and optimizer state to nudge one 64 MiB matrix, and there are 224 of them.
+# The number that hurts: **192 MiB** of gradient and optimizer state to nudge one 64 MiB matrix, and there are 224 of
+# them.
 
 # %%
 W_bytes = 4096 * 4096 * 4

@@ -45,14 +45,49 @@ def adapt(model: nn.Module, names: tuple[str, ...], wrap: Callable[[nn.Module], 
     return model
 
 
+def imitation(rng: np.random.Generator, dim: int, steps: int) -> tuple[SimpleAttention, dict[str, Tensor], list]:
+    """A block, updates of rank 3 planted in q_proj and v_proj of a copy, and batches (x, what the copy makes of x)."""
+    block = SimpleAttention(dim)
+    for name in PROJECTIONS:
+        setattr(block, name, linear_of(tensor(rng, dim, dim) / math.sqrt(dim)))
+    planted = {}
+    for name in ("q_proj", "v_proj"):
+        left, right = (np.linalg.qr(rng.normal(size=(dim, 3)))[0] for _ in range(2))
+        planted[name] = torch.from_numpy(left * [3.0, 2.0, 1.0] @ right.T).float()
+    teacher = moved(block, planted)
+    with torch.no_grad():
+        return block, planted, [(x, teacher(x)) for x in (tensor(rng, 8, 12, dim) for _ in range(steps))]
+
+
+def moved(block: SimpleAttention, updates: dict[str, Tensor]) -> SimpleAttention:
+    """A copy of the block with these updates added to its weights."""
+    copied = copy.deepcopy(block)
+    with torch.no_grad():
+        for name, update in updates.items():
+            getattr(copied, name).weight += update
+    return copied
+
+
+def kept_bytes(layer: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass when `layer` is called on x, its parameters aside."""
+    own = {each.untyped_storage().data_ptr() for each in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        output = layer(x)
+    assert output.shape[:-1] == x.shape[:-1]  # the output, and with it all that was kept, is alive until here
+    return sum(kept.values())
+
+
 def tensor(rng: np.random.Generator, *shape: int) -> Tensor:
     """Normal numbers in float32."""
     return torch.from_numpy(rng.normal(size=shape)).float()
-
-
-def parameter(rng: np.random.Generator, *shape: int) -> nn.Parameter:
-    """The same, as a parameter."""
-    return nn.Parameter(tensor(rng, *shape))
 
 
 # -------------------------------------------------------------------------------------------------------- 04.1 module
@@ -60,10 +95,9 @@ def parameter(rng: np.random.Generator, *shape: int) -> nn.Parameter:
 
 def layer_inputs(rng: np.random.Generator) -> Case:
     """A 12 → 7 layer with a bias, five rows for it, a rank-3 adapter that has learned something, and a gradient."""
-    base = nn.Linear(12, 7)
-    base.weight, base.bias = parameter(rng, 7, 12), parameter(rng, 7)
     return {
-        "base": base,
+        "W": tensor(rng, 7, 12),
+        "b": tensor(rng, 7),
         "x": tensor(rng, 5, 12),
         "A": tensor(rng, 3, 12),
         "B": tensor(rng, 7, 3),
@@ -81,9 +115,18 @@ def put(layer: Any, A: Tensor, B: Tensor) -> nn.Module:
     return layer
 
 
+def linear_of(W: Tensor, b: Tensor | None = None) -> nn.Linear:
+    """A linear layer of these numbers, which are copied. Its parameters would train: freezing is the wrapper's task."""
+    linear = nn.Linear(W.shape[1], W.shape[0], bias=b is not None)
+    linear.weight = nn.Parameter(W.clone())
+    if b is not None:
+        linear.bias = nn.Parameter(b.clone())
+    return linear
+
+
 def built(layer_class: Callable, case: Case, **settings: Any) -> Any:
-    """A layer of the class over the case's base."""
-    return layer_class(case["base"], r=len(case["A"]), alpha=case["alpha"], **settings)
+    """A layer of the class over the case's W and b."""
+    return layer_class(linear_of(case["W"], case["b"]), r=len(case["A"]), alpha=case["alpha"], **settings)
 
 
 def portrait(layer_class: Callable, case: Case) -> dict[str, Any]:
@@ -93,7 +136,7 @@ def portrait(layer_class: Callable, case: Case) -> dict[str, Any]:
         raise NotImplementedError
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer = built(layer_class, copy.deepcopy(case)).eval()
+        layer = built(layer_class, case).eval()
         words = {
             "shapes": ", ".join(f"{name} {tuple(getattr(layer, name).shape)}" for name in "AB"),
             "trains": names_of(name for name, p in layer.named_parameters() if p.requires_grad),
@@ -148,9 +191,7 @@ def where_dropout_acts(layer_class: Callable) -> str:
     The columns of A, B and W are orthogonal, in = 6 < r = 7 < out = 8 and alpha / r = 1, so u = rest B and x = u A.
     """
     A, B, W = (torch.linalg.qr(torch.randn(shape))[0] for shape in ((7, 6), (8, 7), (8, 6)))
-    base = nn.Linear(6, 8, bias=False)
-    base.weight = nn.Parameter(3 * W)
-    layer = put(layer_class(base, r=7, alpha=7.0, dropout=0.5), A, B)
+    layer = put(layer_class(linear_of(3 * W), r=7, alpha=7.0, dropout=0.5), A, B)
     x = 1 + torch.rand(64, 6)
     with torch.no_grad():
         layer.eval()
@@ -179,16 +220,16 @@ def is_dropped(seen: Tensor, whole: Tensor) -> bool:
 def agrees_with_numpy(layer_class: Callable, case: Case) -> str | None:
     """The output, less the bias, is that of lesson 03's lora_forward in float64, to 10⁻⁶ of the largest entry."""
     layer = put(built(layer_class, case).eval(), case["A"], case["B"])
-    W, x, A, B = (t.detach().double().numpy() for t in (case["base"].weight, case["x"], case["A"], case["B"]))
+    x, W, A, B = (case[name].double().numpy() for name in ("x", "W", "A", "B"))
     want = lora_forward(x, W, A, B, case["alpha"])
-    got = (layer(case["x"]) - case["base"].bias).detach().double().numpy()
+    got = (layer(case["x"]) - case["b"]).detach().double().numpy()
     away = float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
     return None if away < 1e-6 else f"the output is {away:.1g} of its largest entry away from lesson 03's"
 
 
 def changes_nothing_at_first(layer_class: Callable, case: Case) -> str | None:
     """A new layer's output is its base's, bit for bit."""
-    want = case["base"](case["x"])
+    want = linear_of(case["W"], case["b"])(case["x"])
     away = (built(layer_class, case)(case["x"]) - want).abs().max()
     return None if away == 0 else f"the output of a new layer is up to {away:.3g} away from its base's"
 
@@ -230,8 +271,8 @@ def never_forms_the_product(layer_class: Callable, case: Case) -> str | None:
     with NewShapes() as log:
         layer(case["x"])
     for operation, shape in log.made:
-        if sorted(shape) == sorted(case["base"].weight.shape):
-            return f"{operation} made a tensor as large as W, {tuple(case['base'].weight.shape)}"
+        if sorted(shape) == sorted(case["W"].shape):
+            return f"{operation} made a tensor as large as W, {tuple(case['W'].shape)}"
     return None
 
 
@@ -500,7 +541,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(8)
         self.attention = SimpleAttention(8)
-        self.A = parameter(rng, 8)
+        self.A = nn.Parameter(tensor(rng, 8))
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -542,10 +583,17 @@ def what_trains(model: nn.Module) -> set[str]:
     return {name for name, each in model.named_parameters() if each.requires_grad}
 
 
+def returned_by(function: Callable, model: nn.Module, lora_class: type) -> Any:
+    """What came back; a list of two is as good as a tuple."""
+    returned = function(model, lora_class)
+    return tuple(returned) if isinstance(returned, list) else returned
+
+
 def frozen_by(function: Callable, case: Case) -> dict[str, Any]:
     """What trains afterwards, what came back, and in which mode the model was left."""
-    returned = function(case["model"], case["lora_class"])
-    return {"trains": names_of(what_trains(case["model"])), "returned": repr(returned), "mode": case["model"].training}
+    model = case["model"]
+    returned = returned_by(function, model, case["lora_class"])
+    return {"trains": names_of(what_trains(model)), "returned": repr(returned), "mode": model.training}
 
 
 def only_the_adapters_train(function: Callable, case: Case) -> str | None:
@@ -561,19 +609,15 @@ def only_the_adapters_train(function: Callable, case: Case) -> str | None:
 
 def counts_what_it_froze(function: Callable, case: Case) -> str | None:
     """It returns (trainable, total), in numbers and not in tensors."""
-    returned = function(case["model"], case["lora_class"])
-    count = count_parameters(case["model"])
-    return (
-        None
-        if returned == (count.trainable, count.total)
-        else f"{returned!r}, expected ({count.trainable}, {count.total})"
-    )
+    returned, count = returned_by(function, **case), count_parameters(case["model"])
+    want = (count.trainable, count.total)
+    return None if returned == want else f"{returned!r}, expected {want}"
 
 
 def settles_the_article(function: Callable, case: Case) -> str | None:
     """Width 512, r = 8 on q_proj and v_proj: 16,384 of 1,064,960."""
     model = adapt(SimpleAttention(512), ("q_proj", "v_proj"), lambda base: LoRALinear(base, r=8, alpha=16.0))
-    returned = function(model, LoRALinear)
+    returned = returned_by(function, model, LoRALinear)
     return None if returned == (16_384, 1_064_960) else f"{returned!r}"
 
 
@@ -777,9 +821,7 @@ SPECIMENS: dict[str, tuple[type[RightLayer], dict[str, float]]] = {
 def specimen(name: str, case: Case) -> nn.Module:
     """One of them as new, in float32 and in training mode."""
     layer_class, factors = SPECIMENS[name]
-    base = nn.Linear(4, 3)
-    base.weight, base.bias = nn.Parameter(case["W"].clone()), nn.Parameter(case["b"].clone())
-    layer: Any = layer_class(base, r=2, alpha=case["alpha"], dropout=0.5 if "dropout" in name else 0.0)
+    layer: Any = built(layer_class, case, dropout=0.5 if "dropout" in name else 0.0)
     layer.factors = factors
     return put(layer, case["A"], torch.zeros(3, 2))
 

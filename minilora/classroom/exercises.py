@@ -319,13 +319,14 @@ def _property_problem(prop: Property, function: Callable, cases: list[Case]) -> 
 
 def _fingerprint(exercise: Exercise, function: Callable, cases: list[Case]) -> Bug | None:
     """The one catalogued bug that answers as the function does, on every input and in every property."""
+    answers = [_outcome(exercise, function, case) for case in cases]
     broken = _broken_properties(exercise, function, cases)
     alike = [
         bug
         for bug in exercise.bugs
         if all(
-            _same(exercise, _outcome(exercise, bug.function, case), _outcome(exercise, function, case))
-            for case in cases
+            _same(exercise, _outcome(exercise, bug.function, case), answer)
+            for case, answer in zip(cases, answers, strict=True)
         )
         and _broken_properties(exercise, bug.function, cases) == broken
     ]

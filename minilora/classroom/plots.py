@@ -378,7 +378,7 @@ def parameter_tree(tree: Tree) -> Figure:
 def _tensor(
     axes: Axes, at: float, line: float, words: str, trains: bool, band: tuple[float, float] | None, side: str
 ) -> None:
-    """A marker with words on one side of it: an orange circle and band for what trains, a grey square for the frozen."""
+    """A marker with words on one side of it: orange circle and band for what trains, a grey square for the frozen."""
     shape, colour = ("o", ORANGE) if trains else ("s", GREY)
     axes.plot([at + 0.01], [line], marker=shape, color=colour, markersize=7, linestyle="none", clip_on=False)
     shift = 0.03 if side == "right" else -0.015
@@ -410,15 +410,15 @@ def spectra(planted: Sequence[float], learned: dict[str, Sequence[float]], r: in
     panels = figure.subplots(1, len(learned), sharey=True)
     for axes, (name, values), colour in zip(panels, learned.items(), COLOURS, strict=False):
         places = np.arange(1, len(values) + 1)
-        shown = np.maximum(values, floor / 10)
+        shown = np.maximum(values, 1e-12)  # an exact 0 has no place on a log axis
         axes.plot(places[: len(planted)], planted, "_", color=GREY, markersize=26, markeredgewidth=3, label="planted")
         axes.plot(places[:r], shown[:r], "o", color=colour, label="learned")
         axes.plot(places[r:], shown[r:], "x", color=GREY, label="rounding")
         axes.axvline(r + 0.5, color=GREY, linestyle=":", linewidth=1.2)
         axes.text(r + 0.6, 3, f"r = {r}", va="center")
-        axes.axhspan(floor / 100, floor, color=GREY, alpha=0.15, linewidth=0)
+        axes.axhspan(1e-12, floor, color=GREY, alpha=0.15, linewidth=0)
         axes.set_yscale("log")
-        axes.set(xlabel="number of the singular value", title=name, ylim=(floor / 30, 10))
+        axes.set(xlabel="number of the singular value", title=name, ylim=(floor / 300, 10))
         axes.set_xticks(places)
         axes.grid(axis="y")
     panels[0].set_ylabel("singular value")
@@ -442,20 +442,19 @@ def starts(samples: dict[str, Sequence[float]], bounds: dict[str, float]) -> Fig
             axes.axvline(side, color=GREY, linestyle=":", linewidth=1)
         axes.text(bound, height * top, f" ±{name}", va="center")
     axes.set(xlabel="an entry of A before the first step", ylabel="density")
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper left", bbox_to_anchor=(0.12, 1))  # between the bounds
     return figure
 
 
 @styled
-def patients(healthy: Sequence[float], cases: dict[str, Sequence[float]], every: int, floor: float) -> Figure:
-    """One panel for each case: its loss over the healthy one's; dotted, the best that the rank allows."""
+def patients(healthy: Sequence[float], cases: dict[str, Sequence[float]], floor: float) -> Figure:
+    """One panel for each case: its loss at every step over the healthy one's; dotted, what the rank must leave over."""
     figure = new_figure(9, 2.9)
     panels = figure.subplots(1, len(cases), sharey=True)
     for axes, (name, curve), colour in zip(panels, cases.items(), COLOURS, strict=False):
-        steps = np.arange(len(healthy)) * every
-        axes.plot(steps, healthy, color=GREY, linewidth=4, alpha=0.45, label="healthy")
-        axes.plot(steps[: len(curve)], curve, color=colour, linestyle="--", linewidth=1.8, label="sick")
-        axes.axhline(floor, color=GREY, linestyle=":", linewidth=1.2, label="best of this rank")
+        axes.plot(healthy, color=GREY, linewidth=4, alpha=0.45, label="healthy")
+        axes.plot(curve, color=colour, linestyle="--", linewidth=1.5, label="sick")
+        axes.axhline(floor, color=GREY, linestyle=":", linewidth=1.5, label="planted, cut to rank r")
         axes.set(title=f"Patient {name}", xlabel="steps", yscale="log")
         axes.grid(axis="y")
     panels[0].set_ylabel("loss")

@@ -21,7 +21,8 @@ from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE = 1 << 16  # characters
 BUDGET = 10_000_000  # characters handled
-STEP = 100  # what a turn of a loop or a call is counted as: 100,000 of them use up the budget
+STEP = 500  # what a turn of a loop or a call is counted as: 20,000 of them use up the budget
+ITEM = 50  # what a number, a list, an entry in a dictionary is counted as
 
 # What is offered of jinja's filters and of Python's methods. The first look at the outside of a value only.
 STRUCTURE_FILTERS = """
@@ -208,8 +209,8 @@ def _size(value: Any, most: int) -> int:
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if not isinstance(value, list | tuple):
-        return 10
-    size = 10
+        return ITEM
+    size = ITEM
     for item in value:
         if size > most:
             break

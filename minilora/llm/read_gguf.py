@@ -7,6 +7,7 @@ Decoding the quantized blocks is the `gguf` library's work. What is done here is
 that llama.cpp's converter makes to the weights of Llama models (`_unpermute`). No torch is needed.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class GGUFModel:
             w = _unpermute(w, self.config["num_attention_heads"])
         if self.config["model_type"] == "llama" and "self_attn.k_proj" in name:
             w = _unpermute(w, self.config["num_key_value_heads"])
-        return np.ascontiguousarray(w, dtype=np.float32)
+        return np.require(w, np.float32, ["C_CONTIGUOUS", "WRITEABLE"])
 
     def _config(self, architecture: str) -> dict[str, Any]:
         """The metadata under the names of a Hugging Face config.json."""
@@ -185,13 +186,19 @@ def _tokenizer_json(metadata: Mapping[str, Any]) -> str:
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
         raise ValueError(f"the GGUF file's pre-tokenizer is {pre!r}; those known are {sorted(PRE_TOKENIZERS)}")
+    missing_keys = [key for key in ("tokens", "token_type", "merges") if f"tokenizer.ggml.{key}" not in metadata]
+    if missing_keys:
+        raise ValueError(f"the GGUF file's tokenizer lacks {missing_keys}")
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in WHOLE_WORDS_FIRST))
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - vocabulary.keys())
+    if missing:  # SmolLM2's vocabulary lacks 21 bytes: they are left out, and nothing merges across them
+        steps.append(pre_tokenizers.Split(Regex("[" + "".join(map(re.escape, missing)) + "]"), "removed"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
     for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
         if kind in (CONTROL, USER_DEFINED):

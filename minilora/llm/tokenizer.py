@@ -13,6 +13,7 @@ file.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,6 @@ class Tokenizer:
     def __init__(self, tokenizer_json: str, settings: Mapping[str, Any]) -> None:
         """`settings` is what Hugging Face keeps in `tokenizer_config.json`."""
         self._backend = tokenizers.Tokenizer.from_str(tokenizer_json)
-        self._plain_backend = tokenizers.Tokenizer.from_str(tokenizer_json)
-        self._plain_backend.encode_special_tokens = True  # the library's name for: treat them as the letters they are
         added = self._backend.get_added_tokens_decoder()
         self.control_tokens = {token.content: number for number, token in added.items() if token.special}
         self._names = _special_names(settings)
@@ -55,6 +54,13 @@ class Tokenizer:
     def __len__(self) -> int:
         """Number of tokens in the vocabulary."""
         return self._backend.get_vocab_size()
+
+    @cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, which takes control tokens in a text for the letters they are written with."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
 
     def encode(self, text: str, *, parse_special: bool = False, add_bos: bool = False) -> list[int]:
         """Ids of a text. The text `"<|im_end|>"` becomes the control token of that name only with `parse_special`."""

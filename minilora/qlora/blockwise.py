@@ -150,7 +150,7 @@ def check_quantizable(w: Float[Tensor, "..."] | Int[Tensor, "..."], block_size: 
     # The sum is finite only if all are (or it overflows: then look again); it is the cheapest pass over the weight.
     if torch.isfinite(w.sum(dtype=torch.float32)):
         return
-    bad = (~torch.isfinite(w)).nonzero()
+    bad = (~torch.isfinite(w.float())).nonzero()
     if len(bad):
         raise ValueError(
             f"{len(bad)} of {w.numel()} weights are NaN or infinite, the first at {tuple(bad[0].tolist())}: "

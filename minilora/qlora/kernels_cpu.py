@@ -2,22 +2,23 @@
 
     quantize     a block at a time: its absmax, then how many of the 15 thresholds each weight passes
     dequantize   float32: two weights at a time from a table of 256 pairs, times absmax
-                 bfloat16: a block has 16 different weights: round these, then look 16 codes up in one instruction
+                 16 bits: a block has 16 different weights: round these, then look 16 codes up in one instruction
 
 The results are the reference's, bit for bit: the same float32 operations in the same order, which Numba neither fuses
-nor reorders. A short last block, and what is said here to be neither float32 nor bfloat16, goes by way of it.
+nor reorders. A short last block is left to the reference.
 The kernels let go of Python's lock and run in plain threads, as many as torch would use: a second OpenMP would fight
 torch's for the cores, and die in a forked child. They are compiled at first use, and kept on disk.
 """
 
+import ctypes
 import math
 import mmap
 import os
 import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -30,12 +31,12 @@ from torch import Tensor
 
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE, SMALLEST_UNIT
 from minilora.qlora import blockwise
-from minilora.qlora.blockwise import BLOCK_SIZES, Quantized, check_quantizable, double_quantize
+from minilora.qlora.blockwise import BLOCK_SIZES, Quantized, block_units, check_quantizable, double_quantize
 from minilora.qlora.codebooks import NF4, Codebook, dynamic_map
 
 TABLES_AT_A_TIME = 64  # blocks whose 16 weights are rounded before any is looked up: 2 KiB, near the core
 WEIGHTS_A_THREAD = 2**18  # about 0.1 ms of work; to hand it to a thread takes 0.02 ms
-HUGE_PAGES_FROM = 2**25  # bytes; malloc keeps smaller memory for the next tensor, and gets larger anew every time
+HUGE_PAGES_FROM = 2**25  # bytes; smaller memory is kept by malloc for the next tensor, larger comes anew every time
 
 BYTES = ir.VectorType(ir.IntType(8), 16)
 LOOK_UP = {  # the instruction that finds sixteen bytes in a table of sixteen
@@ -63,11 +64,13 @@ def quantize(w: Tensor, codebook: Codebook = NF4, block_size: int = 64, *, doubl
     thresholds, order = codebook.sorted_by_value(w.device)
     tables = (thresholds.numpy(), order.to(torch.uint8).numpy(), SMALLEST_UNIT)
     finite = _in_threads(_quantize_blocks, n_blocks, block_size, _bits(flat), packed.numpy(), absmax.numpy(), *tables)
-    if not all(finite):
+    last_weights = flat[n_blocks * block_size :]
+    if not (all(finite) and torch.isfinite(last_weights).all()):
         check_quantizable(w, block_size)
     if rest:
-        last = blockwise.quantize(flat[-rest:], codebook, block_size)
-        packed[n_blocks * block_size // 2 :], absmax[n_blocks:] = last.packed, last.absmax
+        last = blockwise.quantize(last_weights, codebook, block_size)
+        packed[n_blocks * block_size // 2 :] = last.packed
+        absmax[n_blocks:] = block_units(last)
     return Quantized(packed, double_quantize(absmax) if double else absmax, codebook, block_size, tuple(w.shape))
 
 
@@ -79,7 +82,7 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
     codebook, block_size, packed = quantized.codebook, quantized.block_size, quantized.packed
     if block_size not in BLOCK_SIZES:
         return blockwise.dequantize(quantized, dtype)
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return dequantize(quantized, torch.float32).to(dtype)
     n_blocks, rest = divmod(math.prod(quantized.shape), block_size)
     units = _block_units(quantized)
@@ -88,8 +91,8 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
     if dtype == torch.float32:
         _in_threads(_dequantize_float32, n_blocks, block_size, *arguments, _pairs(codebook))
     else:
-        values = codebook.table(packed.device).numpy()
-        _in_threads(_dequantize_bfloat16, n_blocks, block_size, *arguments, values)
+        values, is_bfloat16 = codebook.table(packed.device).numpy(), dtype == torch.bfloat16
+        _in_threads(_dequantize_16_bits, n_blocks, block_size, *arguments, values, is_bfloat16)
     if rest:
         last = Quantized(packed[n_blocks * block_size // 2 :], units[n_blocks:], codebook, block_size, (rest,))
         weights[-rest:] = blockwise.dequantize(last, dtype)
@@ -112,7 +115,7 @@ def _in_threads(kernel: Callable[..., Any], n_blocks: int, block_size: int, *arg
     bounds = [n_blocks * thread // n_threads for thread in range(n_threads + 1)]
     others = [
         _threads(os.getpid()).submit(kernel, *arguments, block_size, first, last)
-        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
+        for first, last in pairwise(bounds[1:])
     ]
     return [kernel(*arguments, block_size, 0, bounds[1]), *(other.result() for other in others)]
 
@@ -142,13 +145,13 @@ def _empty(count: int, dtype: torch.dtype) -> Tensor:
     Memory new from the system is cleared page by page at first touch. In pages of 4 KiB that takes three times as
     long as the kernel that fills it; in pages of 2 MiB, less than the kernel.
     """
-    n_bytes = count * dtype.itemsize
-    if n_bytes >= HUGE_PAGES_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(memory, dtype=dtype)
-    return torch.empty(count, dtype=dtype)
+    weights = torch.empty(count, dtype=dtype)
+    if weights.nbytes >= HUGE_PAGES_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
+        first_page = -(-weights.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        n_bytes = weights.data_ptr() + weights.nbytes - first_page
+        # A system without huge pages answers with an error code, and all is as before.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first_page), ctypes.c_size_t(n_bytes), mmap.MADV_HUGEPAGE)
+    return weights
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,25 +208,43 @@ def _dequantize_float32(packed, absmax, bits, pairs, block_size, first, last):
 
 
 @_compiled
-def _dequantize_bfloat16(packed, absmax, bits, values, block_size, first, last):
-    """Dequantize blocks first … last − 1 into bfloat16."""
+def _dequantize_16_bits(packed, absmax, bits, values, is_bfloat16, block_size, first, last):
+    """Dequantize blocks first … last − 1 into bfloat16 or float16."""
     tables = np.empty((TABLES_AT_A_TIME, 16), np.uint16)
     for start in range(first, last, TABLES_AT_A_TIME):
         count = min(TABLES_AT_A_TIME, last - start)
         for block in range(count):
             for code in range(len(values)):  # not 16: a loop that LLVM unrolls does not become vector instructions
-                tables[block, code] = _bfloat16(values[code] * absmax[start + block])
+                weight = np.float32(values[code] * absmax[start + block])
+                tables[block, code] = _bfloat16(weight) if is_bfloat16 else _float16(weight)
         for block in range(count):
-            _look_up(packed, (start + block) * block_size, block_size, tables, block, bits)
+            _look_up(packed, (start + block) * block_size, block_size, tables, block, bits)  # type: ignore[call-arg]
 
 
 @_compiled
 def _bfloat16(number):
     """Round a float32 to the nearest bfloat16, halfway to the even one; give its bits."""
     if number != number:  # from a damaged absmax
-        return np.uint16(0x7FC0)
+        return np.uint32(0x7FC0)
     word = np.float32(number).view(np.uint32)
-    return np.uint16(np.uint32(word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
+    return np.uint32(word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+
+
+@_compiled
+def _float16(number):
+    """Round a float32 to the nearest float16, halfway to the even one; give its bits."""
+    word = np.float32(number).view(np.uint32)
+    sign, magnitude = word >> np.uint32(16) & np.uint32(0x8000), np.uint32(word & np.uint32(0x7FFFFFFF))
+    if number != number:
+        return np.uint32(0x7E00)
+    if magnitude >= np.uint32(0x47800000):  # from 65,536 on there is infinity alone
+        return sign | np.uint32(0x7C00)
+    if magnitude < np.uint32(0x38800000):  # below 2⁻¹⁴ its steps are 2⁻²⁴, as a float32's are above ½
+        shifted = np.float32(abs(number) + np.float32(0.5)).view(np.uint32)
+        return sign | np.uint32(shifted - np.uint32(0x3F000000))
+    odd = word >> np.uint32(13) & np.uint32(1)
+    rebased = np.uint32(magnitude - np.uint32(0x38000000))  # float32 counts exponents from 127, float16 from 15
+    return sign | np.uint32(rebased + np.uint32(0xFFF) + odd) >> np.uint32(13)
 
 
 @_compiled
@@ -241,8 +262,8 @@ def _look_up(typing_context, packed, first, count, tables, row, bits):
     """Write tables[row, code] into `bits` for the codes first … first + count − 1 of `packed`; 32 divides both.
 
     Numba has no words for vector instructions, so this is said in LLVM's. Every processor of the last fifteen years
-    finds sixteen bytes in a table of sixteen at once, and a 4-bit code is such an index. A bfloat16 takes two lookups,
-    one for each byte; then low and high bytes are woven together.
+    finds sixteen bytes in a table of sixteen at once, and a 4-bit code is such an index. Sixteen bits take two
+    lookups, one for each byte; then low and high bytes are woven together.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -286,5 +307,7 @@ def _look_16_up(builder: Any, table: Any, codes: Any) -> Any:
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, instruction), [table, codes])
     found = BYTES(ir.Undefined)
     for lane in map(ir.IntType(32), range(16)):  # one byte after the other
-        found = builder.insert_element(found, builder.extract_element(table, builder.extract_element(codes, lane)), lane)
+        found = builder.insert_element(
+            found, builder.extract_element(table, builder.extract_element(codes, lane)), lane
+        )
     return found

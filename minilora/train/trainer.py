@@ -176,13 +176,13 @@ def rates_of(optimizer: torch.optim.Optimizer) -> Iterator[Callable[[float], Non
 def finish_step_on_ctrl_c() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event that the loop looks at; an exception could hit the optimizer halfway.
 
-    Only a main thread receives signals; elsewhere Ctrl-C is left as it is.
+    Only a main thread can do that; elsewhere, and where Ctrl-C is ignored (nohup), everything stays as it is.
     """
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
         yield stop
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def on_ctrl_c(number: int, frame: object) -> None:
         stop.set()

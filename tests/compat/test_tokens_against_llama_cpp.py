@@ -30,7 +30,7 @@ SPACES = [" ", "  ", "   ", "\t", "\n", "\r\n", "\n\n\n", " \n ", "\u00a0", "\u2
 CODE = ["def f(x):\n    return x**2\n", "for(int i=0;i<10;++i){a[i]+=1;}", "<a href='x'>y</a>", '{"k": [1, 2.5e-3, null]}', "x != y && !z || ~w", "#!/bin/sh\n\techo $PATH | sed 's/a/b/g'\n", "λ → ∀x∈ℝ: x²≥0"]  # fmt: skip
 CONTRACTIONS = ["it's", "IT'S", "we'll", "they've", "I'm", "you'd", "he're", "can't", "'tis", "rock'n'roll", "’s", "'S", "'Ll", "o'clock's't"]  # fmt: skip
 LOOK_ALIKES = ["<|im_end|>", "<|im_start|>", "<|im_start|>user\n", "<|endoftext|>", "<|im_end", "|im_end|>", "<| im_end |>", "<file_sep>", "<repo_name>x", "<<|im_end|>>"]  # fmt: skip
-CONTROLS = ["\x00", "\x01", "\x07", "\x1b[0m", "\x7f", "\x9f", "\u0301", "e\u0301", "\u202e", "\ufffd", "\ufffe", "\U000f0000", "\U0010fffd", "\ue000"]  # fmt: skip
+CONTROLS = ["\x00", "\x01", "\x07", "\x1b[0m", "\x7f", "\x9f", "\u0301", "e\u0301", "\u202e", "\ufffd", "\ufffe", "\U000f0000", "\U0010fffd", "\ue000", "\x04", "\x1d", "a\x13b", "\U00040000"]  # fmt: skip
 
 
 def make_texts(n: int, seed: int) -> list[str]:

@@ -1,6 +1,7 @@
 """The loop: what it computes, what it tells, and how it stops."""
 
 import signal
+import threading
 
 import pytest
 import torch
@@ -101,6 +102,15 @@ def test_the_progress_bar_shows_loss_speed_and_rate(batch, capsys):
     assert "loss 1.250, 1,024 tokens/s, lr 1.0e-03" in capsys.readouterr().err
 
 
+@pytest.fixture
+def ctrl_c_works():
+    """A process that was started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_works")
 def test_ctrl_c_finishes_the_step_and_returns_what_was_trained(batch):
     model = TinyModel()
 
@@ -117,6 +127,7 @@ def test_ctrl_c_finishes_the_step_and_returns_what_was_trained(batch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("ctrl_c_works")
 def test_ctrl_c_in_the_middle_of_a_step_does_not_tear_it(batch):
     ours, reference = TinyModel(), TinyModel()
     reference.load_state_dict(ours.state_dict())
@@ -128,6 +139,7 @@ def test_ctrl_c_in_the_middle_of_a_step_does_not_tear_it(batch):
     assert torch.equal(ours.lm_head.weight, reference.lm_head.weight)
 
 
+@pytest.mark.usefixtures("ctrl_c_works")
 def test_a_second_ctrl_c_breaks_off(batch):
     model = TinyModel()
 
@@ -137,6 +149,31 @@ def test_a_second_ctrl_c_breaks_off(batch):
 
     with pytest.raises(KeyboardInterrupt):
         train(model, [batch] * 10, torch.optim.AdamW(model.parameters()), listeners=[press_twice])
+
+
+def test_where_ctrl_c_is_ignored_it_stays_ignored(batch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        model = TinyModel()
+        listeners = [lambda step: signal.raise_signal(signal.SIGINT)]
+        training = train(model, [batch] * 3, torch.optim.AdamW(model.parameters()), listeners=listeners)
+        assert len(training.steps) == 3 and not training.interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_thread_may_train(batch):
+    trainings = []
+    model = TinyModel()
+
+    def work():
+        trainings.append(train(model, [batch], torch.optim.AdamW(model.parameters())))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+    assert len(trainings[0].steps) == 1
 
 
 def test_a_nan_never_reaches_the_weights(batch):
