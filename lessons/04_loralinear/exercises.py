@@ -508,8 +508,7 @@ MODULE = Exercise(
         Bug(
             name="dropout on the layer's output",
             function=DropsTheOutput,
-            why="You drop from the sum: half of what the frozen layer knows is lost with it. Drop the bypass's input "
-            "only.",
+            why="You drop from the sum, and with it what the frozen layer knows. Drop the bypass's input only.",
             link="8 · Break it",
         ),
         Bug(

@@ -9,9 +9,10 @@
 # %% [markdown]
 # # 04 · `LoRALinear` in PyTorch
 #
-# * **You will be able to** *write* a LoRA layer that registers, trains and saves exactly A and B; *freeze* the rest of
-#   a network, and *prove* it by counting; *test* gradients so that a wrong one cannot pass.
-# * **You need** lesson 03 (forward, backward, who learns first), and one training loop in PyTorch that you understood.
+# * **You will be able to** *write* a LoRA layer that registers, trains and saves exactly A and B; *freeze* the rest
+#   of a network, and *prove* it by counting; *test* gradients so that a wrong one cannot pass.
+# * **You need** lesson 03 (forward, backward, who learns first), and one training loop in PyTorch that you
+#   understood.
 # * **Minutes**: read 30 · exercises 35 · stretch and explain 30.
 # * **Runs on** any CPU in under a minute. No GPU.
 
@@ -56,9 +57,9 @@ SimpleAttention, adapt = lesson.SimpleAttention, lesson.adapt
 #
 # In NumPy nothing trained unless you wrote the line that moved it. In PyTorch it is the other way round: whatever is
 # registered as a parameter trains, unless somebody forbids it; and what is *not* registered never trains, whatever
-# you do with its gradient. So a LoRA of forty lines can compute the right numbers and still train thirty times too
-# much, or nothing at all, or save an empty file. No error is raised, and the loss may even look better than it
-# should. You find out by counting, or when the memory runs out.
+# you do with its gradient. So a LoRA of forty lines can compute the right numbers and still train far too much, or
+# nothing at all, or save an empty file. No error is raised, and the loss may even look better than it should. You
+# find out by counting, or when the memory runs out.
 #
 # The number that hurts, for a model as small as SmolLM2-135M with r = 8 on two projections a layer:
 
@@ -201,9 +202,9 @@ for kind in ("tensor", "buffer", "parameter", "frozen"):
 # a = √5:                         gain = √(2/6) = √(1/3)            bound = 1 / √fan_in
 # ```
 #
-# And `fan_in` is *the size of the second axis*. For A of shape (r, in) that is `in`, so an entry of `u = x Aᵀ`, a sum
-# of `in` products, comes out about as large as an entry of `x`, whatever the width. Remember the second axis. It
-# returns in section 8.
+# And `fan_in` is *the size of the second axis*. For A of shape (r, in) that is `in`. An entry of A then has the
+# variance 1/(3 in), and an entry of `u = x Aᵀ`, a sum of `in` products, comes out at √(in · 1/(3 in)) = 0.58 times
+# the size of one of `x`, whatever the width. Remember the second axis. It returns in section 8.
 #
 # **What it costs.** A has r · in numbers, B has out · r. Each that trains has a gradient (4 bytes in float32), and
 # Adam's two averages (8 bytes).
@@ -356,9 +357,8 @@ assert (forgotten, train, total) == (540_672, 16_384, 1_064_960)
 settle("04.count", forgotten / train)
 
 # %% [markdown]
-# **Optimizer state**, weighed in the real optimizer. It is made at the first step, for tensors that have a gradient;
-# a frozen tensor has none, so it may be in the list. (In a plain tensor it would be missing from the list, which is
-# worse.)
+# **Optimizer state**, weighed in the real optimizer. It is made at the first step, for tensors that have a gradient.
+# A frozen parameter has none, so it may stand in the list. (A plain tensor does not stand in it, which is worse.)
 
 
 # %%
@@ -399,13 +399,13 @@ settle("04.kept", "when the weight trains" if held["trained"] and not held["froz
 
 # %% [markdown]
 # A frozen layer keeps nothing: `dx = dy W` needs no `x`. The adapter brings `x` back, because `dA = duᵀ x`, and a
-# thin `u` with it. With dropout it keeps its *own* copy of what was dropped, and the mask. Three projections that
-# read the same `x` share one `x`; with dropout they share nothing. That is why fast trainers ask for dropout 0, and
-# what the stretch exercise is about.
+# thin `u` with it. So lesson 03 was right that LoRA saves no activations where there *is* an adapter; where there is
+# none, a frozen layer saves its own. With dropout the bypass keeps a copy of what was left of `x`, and the mask.
+# Three projections that read the same `x` share one `x`; with dropout they share nothing. The stretch exercise is
+# about that.
 
 # %% [markdown]
-# **The layer below us as the oracle.** Lesson 03's NumPy, forward and backward, against your module, in two
-# precisions.
+# **Lesson 03 as the oracle.** Its NumPy, forward and backward, against your module, in two precisions.
 
 # %%
 from minilora.numpy_lora.forward import lora_backward, lora_forward
@@ -466,7 +466,7 @@ for name, found in values.items():
     assert rank == 4 and np.allclose(found[:3], [3, 2, 1], atol=0.2) and found[3] < 0.2
 
 # %% [markdown]
-# **Counts of it.** Each adapter has r · (in + out) = 4 · 48 = 192 numbers, a third of the 576 in its weight: at width
+# **What an adapter counts.** r · (in + out) = 4 · 48 = 192 numbers here, a third of the 576 in its weight: at width
 # 24 a rank of 4 is not small. The share is r · (1/in + 1/out), so it falls as layers grow.
 
 # %%
@@ -580,9 +580,8 @@ assert arrival[1] > 2 * arrival[0]
 # <details><summary><b>Patient 2</b>, who dawdles</summary>
 #
 # A is stored as (in, r) and the forward pass says `x @ A`: the same product, and the same line `kaiming_uniform_(A,
-# a=√5)`. But the second axis is r now, so A starts 3.5 times too loud here. Adam has to turn a large A with small
-# steps. At real widths it is worse, as the next figure shows.
-# </details>
+# a=√5)`. But the second axis is r now, so A starts √(in / r) = 3.5 times too loud, and Adam turns a large A with
+# small steps. At real widths it is worse, as the next figure shows.
 #
 # <details><summary><b>Patient 3</b>, who stops too early</summary>
 #
@@ -623,9 +622,11 @@ show(
     "first make a bell.",
     finding="The same line of code, another shape: A starts 6.9 times as loud. And neither is Gaussian.",
 )
-ratio = float(by_columns.abs().max() / by_rows.abs().max())
-print(f"largest entries: {ratio:.1f} times as large; √(in / r) = {math.sqrt(768 / 16):.1f}")
-assert abs(ratio / math.sqrt(768 / 16) - 1) < 0.01
+assert abs(by_columns.abs().max() / by_rows.abs().max() / math.sqrt(768 / 16) - 1) < 0.01
+for in_features, r in ((24, 2), (768, 16), (4096, 16)):
+    print(
+        f"in = {in_features:>4}, r = {r:>2}: stored as (in, r), A starts {math.sqrt(in_features / r):.1f} times as loud"
+    )
 
 # %% [markdown]
 # Three more that stop you at once, if you are lucky. Under `no_grad` there is nothing to go back through. Plain
@@ -666,10 +667,12 @@ for exercise_id, name in gallery:
     exercise = find_exercise(exercise_id)
     diagnosis = examine(exercise, exercise.bug(name), seeds=[0]).failure.bug
     assert diagnosis.name == name
-    print(f"{exercise_id}  {diagnosis.name}: {diagnosis.why}")
+    print(f"{exercise_id}  {diagnosis.name}\n      {diagnosis.why}")
 
 # %% [markdown]
 # ## 9 · Check the claims
+#
+# Printed outputs are quoted from text to text. Each of these can be computed, and most of them by hand.
 
 # %%
 ways = {

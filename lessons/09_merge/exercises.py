@@ -15,6 +15,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from minilora.classroom.exercises import Bug, Case, Exercise, Property, is_stub
+from minilora.classroom.merging import merge_as, random_layer
 from minilora.numpy_lora.forward import delta_weight, lora_forward
 
 # ---------------------------------------------------------------------------------------------- 09.1 merge, unmerge
@@ -531,3 +532,33 @@ FOLD = Exercise(
 )
 
 EXERCISES = [MERGE, EQUIVALENT, FOLD]
+
+# ------------------------------------------------------------------------------------------------------- the gallery
+
+
+def gallery() -> dict[str, tuple[ndarray, ndarray, ndarray]]:
+    """Section 8's patients: merged, live and base output of each, as the author of the merge had them to compare.
+
+    Kept here so that the lesson shows the symptoms before the names.
+    """
+    W, A, B = random_layer(64, 3)
+    B, alpha = 3e-4 * B, 8.0  # s = 8/3, so that ΔW is as small as in section 2
+    x = np.random.default_rng(3).normal(size=(24, 64))
+    base, live = x @ W.T, lora_forward(x, W, A, B, alpha)
+
+    def merged_by(name: str, times: int = 1) -> ndarray:
+        layer = MERGE.bug(name)(W.copy(), A, B, alpha)
+        for _ in range(times):
+            layer.merge()
+        return x @ layer.W.T
+
+    unscaled = merged_by("no scaling")
+    in_4_bits = merge_as("NF4", W, delta_weight(A, B, alpha))
+    beside = x @ (in_4_bits.W + in_4_bits.meant).T
+    return {
+        "1": (unscaled, live, base),
+        "2": (merged_by("ΔW transposed"), live, base),
+        "3": (merged_by("merged twice", times=2), live, base),
+        "4": (unscaled, unscaled, base),  # the live output was taken after an in-place merge
+        "5": (x @ in_4_bits.merged.T, beside, x @ in_4_bits.W.T),
+    }

@@ -212,22 +212,26 @@ def load_quiz(path: Path) -> dict[str, list[dict]]:
     """The questions of a quiz.yml, checked.
 
     Raises:
-        LessonError: listing every question that lacks something.
+        LessonError: if it cannot be read, or listing every question that lacks something.
     """
-    quiz = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        quiz = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise LessonError(f"{path.parent.name}/{path.name} cannot be read: {error}") from error
     problems = []
     for part, count in (("warm-up", 2), ("exit", 4)):
         questions = quiz.get(part, [])
         if len(questions) != count:
             problems.append(f"{part}: {len(questions)} questions, expected {count}")
-        for question in questions:
-            answers = question.get("answers", [])
+        for number, question in enumerate(questions, start=1):
+            name, answers = question.get("id", f"{part} {number}"), question.get("answers", [])
+            problems += [f"{name}: has no {key}" for key in ("id", "question", "answers") if not question.get(key)]
             if [answer.get("right", False) for answer in answers].count(True) != 1:
-                problems.append(f"{question['id']}: exactly one answer must be right")
+                problems.append(f"{name}: exactly one answer must be right")
             problems += [
-                f"{question['id']}: the answer “{answer['text']}” does not explain itself"
+                f"{name}: the answer “{answer.get('text')}” does not explain itself"
                 for answer in answers
-                if not answer.get("why")
+                if not (answer.get("why") and answer.get("text"))
             ]
     if problems:
         raise LessonError(f"{path.parent.name}/{path.name} cannot be used:\n  " + "\n  ".join(problems))

@@ -1,14 +1,14 @@
 """The Triton kernel that turns 4 bits back into weights on a GPU; blockwise has its readable twin and its meaning.
 
-We have not run it on a GPU. It is exact against the reference in Triton's interpreter, and compiled ahead of time for
-sm_80 and sm_90, without spills; tests/gpu is ready for who has a card. What to expect there, by counting:
+We have not run it on a GPU. In Triton's interpreter it is exact against the reference, and it compiles ahead of time
+for sm_80 and sm_90, without spills; tests/gpu is ready for who has a card. What to expect there, by counting:
 
-    bytes a weight    ½ of codes, 4/64 of float32 units or 1/64 + 4/16384 of 8-bit ones, 2 of result in bfloat16
+    bytes a weight    ½ of codes; 4/64 of float32 units, or 1/64 + 4/16384 of 8-bit ones; 2 of result in bfloat16
     4096 × 4096       42.2 MB with 8-bit units: 12.6 µs at an H100's 3.35 TB/s, 20.7 µs at an A100's 2.04 TB/s
-    instructions      14 a weight, 2.3 · 10⁸ in all: 8 µs and 12 µs at the 3.0 and 1.95 · 10¹³ that these cards start a
-                      second. So memory is the bound, and twice the codes in a program would not help
+    instructions      at most 14 a weight: 8 µs and 12 µs, if these cards start 3.0 and 1.95 · 10¹³ a second. So
+                      memory is the bound
 
-8-bit units are undone inside the kernel: one lookup, product and sum for a block. Undone before it, they would be written
+8-bit units are undone inside the kernel: one lookup, product and sum a block. Undone before it they would be written
 and read again as float32, 0.125 byte a weight. A short last block is left to the reference.
 """
 

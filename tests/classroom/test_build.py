@@ -290,6 +290,14 @@ def test_a_quiz_that_does_not_explain_itself_is_refused(tmp_path: Path):
     assert "exit: 1 questions, expected 4" in str(caught.value)
 
 
+def test_a_quiz_that_is_missing_or_damaged_is_named(tmp_path: Path):
+    with pytest.raises(LessonError, match=r"quiz\.yml cannot be read"):
+        load_quiz(tmp_path / "quiz.yml")
+    (tmp_path / "quiz.yml").write_text("warm-up: [", encoding="utf-8")
+    with pytest.raises(LessonError, match=r"quiz\.yml cannot be read"):
+        load_quiz(tmp_path / "quiz.yml")
+
+
 @pytest.mark.parametrize(
     ("output", "problem"),
     [

@@ -140,9 +140,41 @@ def test_a_mixture_of_two_bugs_is_named_as_neither():
     def mixture(x, slope):
         return slope * x if x[0] > 0 else slope + x + 1
 
-    result = examine(exercise(), mixture, seeds=range(6))
+    result = examine(exercise(properties=()), mixture, seeds=range(6))
 
     assert result.failure is not None and result.failure.bug is None
+
+
+def test_a_bug_on_some_inputs_only_is_not_named():
+    def sometimes(x, slope):
+        return slope * x if x[0] > 0 else line(x, slope)
+
+    result = examine(exercise(properties=()), sometimes, seeds=range(6))
+
+    assert result.failure is not None and result.failure.bug is None
+
+
+def test_bugs_with_equal_values_are_told_apart_by_the_properties_they_break():
+    def marked(word: str) -> Callable:
+        def answer(x, slope):
+            return line(x, slope)
+
+        answer.mark = word
+        return answer
+
+    def not_marked(word: str) -> Property:
+        def test(function: Callable, case: dict[str, Any]) -> str | None:
+            return f"it is {word}" if getattr(function, "mark", "") == word else None
+
+        return Property(name=f"not {word}", test=test)
+
+    bugs = tuple(Bug(name=word, function=marked(word), why="It is.") for word in ("slow", "loud"))
+    both = exercise(properties=(not_marked("slow"), not_marked("loud")), bugs=bugs)
+
+    for word in ("slow", "loud"):
+        result = examine(both, marked(word))
+        assert result.failure is not None and result.failure.bug is not None
+        assert result.failure.bug.name == word
 
 
 def test_a_wrong_answer_with_right_values_is_named_by_the_property_it_breaks():

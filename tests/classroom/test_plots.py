@@ -12,12 +12,20 @@ from PIL import Image
 
 from minilora.classroom import plots
 from minilora.classroom.costs import BypassCost
+from minilora.classroom.parameter_tree import parameter_tree
+from minilora.llm.architectures import ARCHITECTURES
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "highway": lambda: plots.highway(BypassCost(rows=256, in_features=4096, out_features=1024, r=16)),
     "first_step": lambda: plots.first_step({"A random, B = 0": {"‖dA‖": 0.0, "‖dB‖": 1.5}}),
     "recovery": lambda: plots.recovery({2: [1, 0.3, 0.27], 3: [1, 0.1, 1e-3]}, {2: 0.267, 3: 0.0}, every=10),
     "symptoms": lambda: plots.symptoms([4, 1, 0.1], {"1": [4, 1e6], "2": [4, 1, 0.1]}, every=5),
+    "parameter_tree": lambda: plots.parameter_tree(
+        parameter_tree(ARCHITECTURES["smollm2-135m"], r=8, targets="all-linear", optimizer="adamw", freezes_rest=False)
+    ),
+    "spectra": lambda: plots.spectra([3, 2, 1], {"q": [3, 2, 1, 0.1, 1e-8], "v": [3, 1, 0, 0, 0]}, r=4, floor=1e-6),
+    "starts": lambda: plots.starts({"(r, in)": [-0.1, 0.1], "(in, r)": [-1, 0, 1]}, {"1/√in": 0.1, "1/√r": 1.0}),
+    "patients": lambda: plots.patients([4, 1, 0.1], {"1": [4, 4, 4], "2": [4, 1, 0.01]}, floor=0.1),
 }
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel without a GPU: interpreted, against the reference; and compiled for two cards, and measured there."""
+"""The Triton kernel without a GPU: interpreted, against the reference; compiled for two cards, and counted."""
 
 import importlib.util
 import os

@@ -1,0 +1,215 @@
+"""The Numba kernels equal the reference bit for bit, in any number of threads, and leave torch and forks alone."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numba
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora.qlora import FP4, INT4, NF4, Quantized, blockwise, kernels_cpu
+from minilora.qlora.blockwise import BLOCK_SIZES, NestedAbsmax
+
+FORMATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def parts(quantized: Quantized) -> list[torch.Tensor]:
+    units = quantized.absmax
+    nested = [units.codes, units.absmax, units.offset] if isinstance(units, NestedAbsmax) else [units]
+    return [quantized.packed, *nested]
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def same_parts(ours: Quantized, theirs: Quantized) -> bool:
+    return all(same(one, other) for one, other in zip(parts(ours), parts(theirs), strict=True))
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> torch.Tensor:
+    """Normal weights of any size and scale, denormals among them, with zeros and outliers."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    count = draw(st.integers(1, 300) | st.integers(1, 9000))
+    w = torch.randn(count, generator=generator) * 10.0 ** draw(st.integers(-44, 4))
+    zeros = draw(st.integers(0, count))
+    w[draw(st.integers(0, count - 1)) :][:zeros] = 0
+    w[draw(st.integers(0, count - 1))] *= draw(st.sampled_from([1, 10, -1000]))
+    w = w.to(draw(st.sampled_from(FORMATS)))
+    return torch.where(w.isfinite(), w, torch.ones_like(w))
+
+
+# --- the same bits as the reference
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(
+    w=weights(),
+    codebook=st.sampled_from([NF4, FP4, INT4]),
+    block_size=st.sampled_from(BLOCK_SIZES),
+    double=st.booleans(),
+    dtype=st.sampled_from(FORMATS),
+)
+def test_bytes_units_and_values_equal_the_references(w, codebook, block_size, double, dtype):
+    ours = kernels_cpu.quantize(w, codebook, block_size, double=double)
+    theirs = blockwise.quantize(w, codebook, block_size, double=double)
+
+    assert same_parts(ours, theirs)
+    assert same(kernels_cpu.dequantize(ours, dtype), blockwise.dequantize(theirs, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+def test_any_number_of_threads_gives_the_same_bits(dtype, n_threads):
+    w = torch.randn(5 * kernels_cpu.WEIGHTS_A_THREAD + 37).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        ours = kernels_cpu.quantize(w)
+        values = kernels_cpu.dequantize(ours, dtype)
+        assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
+
+    assert same_parts(ours, blockwise.quantize(w))
+    assert same(values, blockwise.dequantize(ours, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_large_enough_for_huge_pages_decodes_to_the_same_bits(dtype):
+    n_blocks = kernels_cpu.HUGE_PAGES_FROM // (64 * dtype.itemsize) + 1
+    packed = torch.randint(256, (32 * n_blocks,), dtype=torch.uint8)
+    quantized = Quantized(packed, torch.rand(n_blocks), NF4, 64, (n_blocks, 64))
+    values = kernels_cpu.dequantize(quantized, dtype)
+
+    assert values.nbytes > kernels_cpu.HUGE_PAGES_FROM
+    assert same(values, blockwise.dequantize(quantized, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_float32_is_rounded_as_torch_rounds_it(dtype):
+    patterns = torch.randint(-(2**31), 2**31, (2**15,), dtype=torch.int32)
+    halfway = patterns & ~0x1FFF | 0x1000  # between two float16; below, between two bfloat16
+    units = torch.cat([patterns, halfway, patterns & ~0xFFFF | 0x8000, torch.tensor([0, -(2**31)], dtype=torch.int32)])
+    units = torch.cat([units.view(torch.float32), torch.tensor([torch.inf, -torch.inf, torch.nan, 65519.99, 65520.0])])
+    codes_of_one = torch.full((16 * len(units),), 0xFF, dtype=torch.uint8)
+    quantized = Quantized(codes_of_one, units, NF4, 32, (len(units), 32))
+
+    torch.testing.assert_close(
+        kernels_cpu.dequantize(quantized, dtype)[:, 0], units.to(dtype), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_where_no_instruction_looks_sixteen_up_each_is_looked_up_alone(monkeypatch):
+    monkeypatch.setattr(kernels_cpu, "LOOK_UP", {})
+    alone = numba.njit(kernels_cpu._dequantize_16_bits.py_func)
+    monkeypatch.setattr(kernels_cpu, "_dequantize_16_bits", alone)
+    quantized = blockwise.quantize(torch.randn(3, 64))
+
+    assert same(kernels_cpu.dequantize(quantized, torch.bfloat16), blockwise.dequantize(quantized, torch.bfloat16))
+    assert "pshuf" not in alone.inspect_llvm(alone.signatures[0])
+
+
+def test_a_transposed_weight_that_wants_a_gradient_is_read_in_its_order():
+    w = torch.randn(70, 33, requires_grad=True).T
+
+    assert same_parts(kernels_cpu.quantize(w), blockwise.quantize(w))
+
+
+def test_a_block_size_that_only_a_file_can_have_is_left_to_the_reference():
+    quantized = Quantized(torch.arange(30, dtype=torch.uint8), torch.rand(3), NF4, 20, (60,))
+
+    assert same(kernels_cpu.dequantize(quantized), blockwise.dequantize(quantized))
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("place", [0, 63, 64, 998])  # the last is in the short last block
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_bad_weight_is_refused_in_the_references_words(place, bad, dtype):
+    w = torch.zeros(999, dtype=dtype)
+    w[place] = bad
+    with pytest.raises(ValueError) as theirs:
+        blockwise.quantize(w)
+    with pytest.raises(ValueError) as ours:
+        kernels_cpu.quantize(w)
+
+    assert str(ours.value) == str(theirs.value)
+    assert f"the first at ({place},)" in str(ours.value)
+
+
+def test_a_bad_weight_in_another_threads_share_is_refused():
+    w = torch.zeros(4 * kernels_cpu.WEIGHTS_A_THREAD)
+    w[-64 * 100] = torch.nan
+    with pytest.raises(ValueError, match=f"1 of {len(w)} weights are NaN or infinite, the first at .{len(w) - 6400},"):
+        kernels_cpu.quantize(w)
+
+
+def test_a_float64_that_no_float32_holds_is_refused():
+    with pytest.raises(ValueError, match=r"1 of 64 weights are NaN or infinite, the first at \(63,\)"):
+        kernels_cpu.quantize(torch.tensor([0.0] * 63 + [1e300], dtype=torch.float64))
+
+
+# --- threads, forks, and folders that cannot be written
+
+
+def run(program: str, **environment: str) -> str:
+    """Run a program of its own; give what it printed."""
+    begin = "import torch; from minilora.qlora import blockwise, kernels_cpu\n"
+    result = subprocess.run(
+        [sys.executable, "-c", begin + textwrap.dedent(program)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_four_threads_may_call_at_once():
+    program = """
+        from concurrent.futures import ThreadPoolExecutor
+        torch.set_num_threads(2)
+        w = torch.randn(2**20)
+        right = blockwise.dequantize(blockwise.quantize(w), torch.bfloat16)
+        with ThreadPoolExecutor(4) as pool:
+            results = pool.map(lambda _: kernels_cpu.dequantize(kernels_cpu.quantize(w), torch.bfloat16), range(12))
+            print(all(torch.equal(result, right) for result in results))
+    """
+    assert run(program, NUMBA_THREADING_LAYER="workqueue") == "True"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_forked_child_can_call_after_its_parent_did():
+    program = """
+        import os
+        torch.set_num_threads(2)
+        quantized = kernels_cpu.quantize(torch.randn(2**20))
+        before = kernels_cpu.dequantize(quantized).numpy()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if (kernels_cpu.dequantize(quantized).numpy() == before).all() else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert run(program, PYTHONWARNINGS="ignore") == "0"
+
+
+def test_where_no_folder_can_be_written_kernels_are_compiled_all_the_same(monkeypatch):
+    njit = numba.njit
+
+    def unwritable(*, cache: bool = False, **options: object) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(numba, "njit", unwritable)
+
+    assert kernels_cpu._compiled(lambda x: x + 1)(1) == 2
