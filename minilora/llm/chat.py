@@ -115,9 +115,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return "".join(kept)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return (not isinstance(obj, str) or attr in STRING_METHODS.split()) and super().is_safe_attribute(
-            obj, attr, value
-        )
+        if isinstance(obj, str) and attr not in STRING_METHODS.split():
+            return False
+        return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
         """str.format is not offered: '{:>9999999999}' is a large text in a small one. Jinja would allow it."""

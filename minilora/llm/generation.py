@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minilora.llm.model import Decoder, KVCache
+from minilora.llm.model import Decoder, KVCache, causal_mask
 
 
 def generate(
@@ -124,9 +124,8 @@ def _next_logits(
     positions, mask = None, None
     if not is_real.all():
         positions = (is_real.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-        causal = torch.ones(total - past, total, dtype=torch.bool, device=tokens.device).tril(past)
         itself = torch.eye(total, dtype=torch.bool, device=tokens.device)[past:]  # padding, too, must look at something
-        mask = (causal & is_real[:, None, :]) | itself
+        mask = (causal_mask(total - past, past, tokens.device) & is_real[:, None, :]) | itself
     hidden = model.model(tokens, positions=positions, mask=mask, cache=cache)
     return model.lm_head(hidden[:, -1])
 

@@ -9,7 +9,6 @@ A model is built without memory (torch's "meta" device) and each weight is put i
 in the file and the system pages them in; for another dtype one tensor after the other is converted.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from minilora.llm import smollm2
 from minilora.llm.config import ModelConfig
 from minilora.llm.model import Decoder, Origin
 from minilora.llm.read_gguf import GGUFModel
-from minilora.llm.tokenizer import Tokenizer, load_tokenizer
+from minilora.llm.tokenizer import Tokenizer, load_tokenizer, read_json
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "chat_template.jinja"]
@@ -74,11 +73,11 @@ def _from_folder(
 ) -> tuple[Decoder, Tokenizer]:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     files = _weight_files(folder)
     origin = Origin(name=name or folder.resolve().name, files=tuple(files))
     if (folder / "minilora.json").exists():  # a conversion of ours, which knows what it was made from
-        origin = Origin(**_read_json(folder / "minilora.json")["origin"])
+        origin = Origin(**read_json(folder / "minilora.json")["origin"])
     model = _filled(ModelConfig.from_hf(config), origin, _from_safetensors(files), dtype, device)
     return model, load_tokenizer(folder)
 
@@ -114,7 +113,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{folder} has neither model.safetensors nor model.safetensors.index.json (other formats are not read)"
             )
         return [folder / "model.safetensors"]
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
     odd = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if odd or not names:
         raise ValueError(f"{index} names files that are not in its folder: {odd}")
@@ -154,7 +153,7 @@ def _filled(
     wanted = {name: tuple(slot.shape) for name, slot in model.state_dict().items()}
     _check_fit(wanted, weights, is_tied=config.tie_word_embeddings)
     if config.tie_word_embeddings:
-        del wanted["lm_head.weight"]  # tie_head fills it
+        del wanted[HEAD]  # tie_head fills it
     state = {name: _checked(name, weights.read(name).to(device=device, dtype=dtype)) for name in wanted}
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_head()
@@ -163,12 +162,8 @@ def _filled(
 
 def _check_fit(wanted: Mapping[str, tuple[int, ...]], weights: Weights, *, is_tied: bool) -> None:
     found = {name: shape for name, shape in weights.shapes.items() if not name.endswith(DERIVED)}
-    if (
-        is_tied
-        and HEAD in found
-        and EMBEDDING in found
-        and not torch.equal(weights.read(HEAD), weights.read(EMBEDDING))
-    ):
+    pair = [name for name in (HEAD, EMBEDDING) if name in found]
+    if is_tied and len(pair) == 2 and not torch.equal(*map(weights.read, pair)):
         raise ValueError(f"the config ties {HEAD} to {EMBEDDING}, but the file has two different tensors for them")
     optional = {HEAD} if is_tied else set()
     problems = [f"{name}: missing from the file" for name in wanted.keys() - found.keys() - optional]
@@ -188,10 +183,3 @@ def _checked(name: str, w: Tensor) -> Tensor:
     if not (low.isfinite() and high.isfinite()):  # both are NaN if any number is
         raise ValueError(f"{name} holds a NaN or an infinity as {w.dtype}: the file is damaged, or dtype is too narrow")
     return w
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON ({error}): fetch it again") from error

@@ -52,7 +52,9 @@ class Origin:
 class RMSNorm(nn.Module):
     """Scale every vector to a root mean square of one, then each of its features by a learned weight.
 
-    y = x / √(mean(x²) + eps) · weight                       [RMSNorm] eq. 4
+        y = x / √(mean(x²) + eps) · weight                       [RMSNorm] eq. 4
+
+    `eps` keeps a vector of zeros from dividing by zero.
     """
 
     def __init__(self, hidden_size: int, eps: float) -> None:
@@ -98,6 +100,7 @@ class KVCache:
         self.n_layers = n_layers
         self.max_tokens = max_tokens
         self.length = 0
+        self._kept = torch.empty(0)  # reserved when the first keys say in which dtype, where, and for how many rows
 
     def extend(
         self,
@@ -109,7 +112,7 @@ class KVCache:
         end = self.length + keys.shape[2]
         if end > self.max_tokens:
             raise ValueError(f"the cache was made for {self.max_tokens} tokens and {end} are needed: make it larger")
-        if layer == 0 and self.length == 0:  # the first keys say in which dtype, where, and for how many rows
+        if layer == 0 and self.length == 0:
             batch, kv_heads, _, head_dim = keys.shape
             self._kept = keys.new_empty(self.n_layers, 2, batch, kv_heads, self.max_tokens, head_dim)
         kept_keys, kept_values = self._kept[layer]  # (batch, kv_heads, max_tokens, head_dim)
@@ -120,6 +123,16 @@ class KVCache:
     def keep_rows(self, rows: list[int]) -> None:
         """Forget all rows of the batch but these. In place."""
         self._kept = self._kept[:, :, rows]
+
+
+def causal_mask(seq: int, past: int, device: torch.device) -> Bool[Tensor, "seq total"]:
+    """True where one of `seq` new tokens (row) may look: at the `past` tokens, at the new ones before it, at itself.
+
+    >>> causal_mask(2, 1, torch.device("cpu")).int()
+    tensor([[1, 1, 0],
+            [1, 1, 1]], dtype=torch.int32)
+    """
+    return torch.ones(seq, past + seq, dtype=torch.bool, device=device).tril(past)
 
 
 class Attention(nn.Module):
@@ -142,7 +155,8 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "batch 1 seq total"] | None,
         cache: KVCache | None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """
+        """Mix, for every token, the values of the tokens it looks at.
+
             o_proj(softmax(q kᵀ / √head_dim) v), with q and k turned to their positions
 
         `mask` is True where a token (row) may look at another (column); None means at itself and all before it.
@@ -161,8 +175,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """
-    down_proj(silu(gate_proj(x)) · up_proj(x))                [SwiGLU] eq. 6
+    """Widen every token, let one half of the width decide what of the other passes, and narrow it again.
+
+        y = down_proj(silu(gate_proj(x)) · up_proj(x))           [SwiGLU] eq. 6
+
+    Each token for itself: only attention looks sideways.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -219,11 +236,7 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + seq, device=tokens.device)[None]
         if mask is None and past > 0 and seq > 1:
-            mask = (
-                torch.ones(seq, past + seq, dtype=torch.bool, device=tokens.device)
-                .tril(past)
-                .expand(len(tokens), -1, -1)
-            )
+            mask = causal_mask(seq, past, tokens.device).expand(len(tokens), -1, -1)
         if mask is not None:
             mask = mask[:, None]  # (batch, 1, seq, total): the same for every head
         x = self.embed_tokens(tokens)

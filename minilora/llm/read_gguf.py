@@ -1,14 +1,15 @@
 """Read a GGUF file, llama.cpp's format, as if it were a Hugging Face folder.
 
-    config       what config.json would say          tokenizer   what tokenizer.json and tokenizer_config.json would say
-    shapes, read   names and shapes of the weights; one weight, dequantized
+    config                                 what config.json would say
+    tokenizer_json, tokenizer_settings     what tokenizer.json and tokenizer_config.json would say
+    shapes, read                           names and shapes of the weights; one weight, dequantized
 
 Decoding the quantized blocks is the `gguf` library's work. What is done here is renaming, and undoing the one change
 that llama.cpp's converter makes to the weights of Llama models (`_unpermute`). No torch is needed.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,15 @@ class GGUFModel:
         self.path = path
         self._reader = _open(path)
         self.metadata = {name: field.contents() for name, field in self._reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self._rope_factors = tensors.pop("rope_freqs.weight", None)  # not a weight: see _rope_scaling
-        self._tensors = {_hf_name(name): tensor for name, tensor in tensors.items()}
         architecture = self.metadata.get("general.architecture")
         if architecture not in ARCHITECTURES:
             raise ValueError(f"{path} holds a {architecture!r} model; those read here are {list(ARCHITECTURES)}")
-        self.config = self._config(architecture)
+        tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._rope_factors = tensors.pop("rope_freqs.weight", None)  # not a weight: see _rope_scaling
+        self._tensors = {_hf_name(name): tensor for name, tensor in tensors.items()}
         self.tokenizer_json = _tokenizer_json(self.metadata)
         self.tokenizer_settings = _tokenizer_settings(self.metadata)
+        self.config = self._config(architecture)
 
     @property
     def name(self) -> str:
@@ -105,6 +106,7 @@ class GGUFModel:
             return found
 
         hidden_size, n_heads = value("embedding_length"), value("attention.head_count")
+        epsilon = value("attention.layer_norm_rms_epsilon")
         config = {
             "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[architecture]],
             "model_type": architecture,
@@ -116,9 +118,7 @@ class GGUFModel:
             "num_key_value_heads": value("attention.head_count_kv", n_heads),
             "head_dim": value("attention.key_length", hidden_size // n_heads),
             "max_position_embeddings": value("context_length"),
-            "rms_norm_eps": float(
-                f"{value('attention.layer_norm_rms_epsilon'):.6g}"
-            ),  # 1e-5, not its float32 neighbour
+            "rms_norm_eps": float(f"{epsilon:.6g}"),  # 1e-5, not its float32 neighbour
             "rope_theta": value("rope.freq_base", 10_000.0),
             "hidden_act": "silu",
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
@@ -130,13 +130,9 @@ class GGUFModel:
 
 def _open(path: Path) -> gguf.GGUFReader:
     try:
-        reader = gguf.GGUFReader(path)
+        return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
         raise ValueError(f"{path} is not a whole GGUF file ({error}): fetch it again") from error
-    end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
-    if end > path.stat().st_size:
-        raise ValueError(f"{path} is cut off: {path.stat().st_size} of at least {end} bytes are there; fetch it again")
-    return reader
 
 
 def _hf_name(name: str) -> str:
@@ -193,19 +189,23 @@ def _tokenizer_json(metadata: Mapping[str, Any]) -> str:
     merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in WHOLE_WORDS_FIRST))
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
+    backend.pre_tokenizer = _pre_tokenizer(PRE_TOKENIZERS[pre], vocabulary)
+    backend.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind in (CONTROL, USER_DEFINED):
+            added = tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False)
+            backend.add_special_tokens([added]) if kind == CONTROL else backend.add_tokens([added])
+    return backend.to_str()
+
+
+def _pre_tokenizer(patterns: Iterable[str], vocabulary: Mapping[str, int]) -> pre_tokenizers.PreTokenizer:
+    """Cut by each pattern in turn, then write every byte as one character."""
+    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - vocabulary.keys())
     if missing:  # SmolLM2's vocabulary lacks 21 bytes: they are left out, and nothing merges across them
         steps.append(pre_tokenizers.Split(Regex("[" + "".join(map(re.escape, missing)) + "]"), "removed"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    backend.decoder = decoders.ByteLevel()
-    for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-        if kind in (CONTROL, USER_DEFINED):
-            added = tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False)
-            backend.add_special_tokens([added]) if kind == CONTROL else backend.add_tokens([added])
-            assert backend.token_to_id(token) == number
-    return backend.to_str()
+    return pre_tokenizers.Sequence(steps)
 
 
 def _tokenizer_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:

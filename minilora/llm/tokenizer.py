@@ -49,7 +49,7 @@ class Tokenizer:
         self.pad = self.eos if self._id("pad_token") is None else self._id("pad_token")
         ends = {self.control_tokens[text] for text in END_TOKENS if text in self.control_tokens}
         self.stop_tokens = tuple(sorted(ends if self.eos is None else ends | {self.eos}))
-        self._template = ChatTemplate(settings["chat_template"]) if settings.get("chat_template") else None
+        self._template_source = settings.get("chat_template")
 
     def __len__(self) -> int:
         """Number of tokens in the vocabulary."""
@@ -61,6 +61,15 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.encode_special_tokens = True
         return backend
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        """Read when first used: a template that we refuse does not keep its model from being used."""
+        if not self._template_source:
+            raise ValueError(
+                "this model has no chat template (a base model?): write its prompt as text and use encode()"
+            )
+        return ChatTemplate(self._template_source)
 
     def encode(self, text: str, *, parse_special: bool = False, add_bos: bool = False) -> list[int]:
         """Ids of a text. The text `"<|im_end|>"` becomes the control token of that name only with `parse_special`."""
@@ -85,10 +94,6 @@ class Tokenizer:
 
         Text is for reading: `encode_chat` turns a conversation into ids that no message can forge.
         """
-        if self._template is None:
-            raise ValueError(
-                "this model has no chat template (a base model?): write its prompt as text and use encode()"
-            )
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, special_tokens=self._names)
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
@@ -125,7 +130,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.exists():
         raise ValueError(f"{folder} has no tokenizer.json: save the tokenizer there in its fast form")
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings_path = folder / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.exists() else {}
     if isinstance(settings.get("chat_template"), list):  # several, by name
         named = {entry["name"]: entry["template"] for entry in settings["chat_template"]}
         settings["chat_template"] = named.get("default")
@@ -140,8 +146,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; ValueError with the file's name if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON ({error}): fetch it again") from error
 
 
 def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -156,3 +156,22 @@ def check_quantizable(w: Float[Tensor, "..."] | Int[Tensor, "..."], block_size: 
             f"{len(bad)} of {w.numel()} weights are NaN or infinite, the first at {tuple(bad[0].tolist())}: "
             "4 bits cannot hold them; repair the weight first"
         )
+
+
+def check_complete(quantized: Quantized) -> None:
+    """Refuse a weight whose parts are too short for its shape, as a damaged file's: a kernel would read beyond them.
+
+    Raises:
+        ValueError: if codes or units are missing, or too many.
+    """
+    count, nested = math.prod(quantized.shape), quantized.absmax
+    n_blocks = -(-count // quantized.block_size)
+    expected = {"bytes of codes": -(-count // 2), "units": n_blocks}
+    found = {"bytes of codes": quantized.packed.numel()}
+    if isinstance(nested, Tensor):
+        found["units"] = nested.numel()
+    else:
+        expected["units of units"] = -(-n_blocks // NESTED_BLOCK_SIZE)
+        found |= {"units": nested.codes.numel(), "units of units": nested.absmax.numel()}
+    if found != expected:
+        raise ValueError(f"a weight of shape {quantized.shape} needs {expected}; this one has {found}: load it again")

@@ -31,7 +31,14 @@ from torch import Tensor
 
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE, SMALLEST_UNIT
 from minilora.qlora import blockwise
-from minilora.qlora.blockwise import BLOCK_SIZES, Quantized, block_units, check_quantizable, double_quantize
+from minilora.qlora.blockwise import (
+    BLOCK_SIZES,
+    Quantized,
+    block_units,
+    check_complete,
+    check_quantizable,
+    double_quantize,
+)
 from minilora.qlora.codebooks import NF4, Codebook, dynamic_map
 
 TABLES_AT_A_TIME = 64  # blocks whose 16 weights are rounded before any is looked up: 2 KiB, near the core
@@ -77,9 +84,13 @@ def quantize(w: Tensor, codebook: Codebook = NF4, block_size: int = 64, *, doubl
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """Turn 4 bits back into weights: blockwise.dequantize, fast.
 
-    weight = codebook[code] · absmax[block]            [QLoRA] eq. 2
+        weight = codebook[code] · absmax[block]        [QLoRA] eq. 2
+
+    Raises:
+        ValueError: if codes or units are missing.
     """
-    codebook, block_size, packed = quantized.codebook, quantized.block_size, quantized.packed
+    check_complete(quantized)
+    codebook, block_size, packed = quantized.codebook, quantized.block_size, quantized.packed.contiguous()
     if block_size not in BLOCK_SIZES:
         return blockwise.dequantize(quantized, dtype)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -143,7 +154,7 @@ def _empty(count: int, dtype: torch.dtype) -> Tensor:
     """Make an empty tensor; a large one in huge pages, where the system has them.
 
     Memory new from the system is cleared page by page at first touch. In pages of 4 KiB that takes three times as
-    long as the kernel that fills it; in pages of 2 MiB, less than the kernel.
+    long as the kernel that fills it; in pages of 2 MiB, as long as the kernel.
     """
     weights = torch.empty(count, dtype=dtype)
     if weights.nbytes >= HUGE_PAGES_FROM and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE
 from minilora.qlora import blockwise
-from minilora.qlora.blockwise import BLOCK_SIZES, Quantized, block_units
+from minilora.qlora.blockwise import BLOCK_SIZES, Quantized, block_units, check_complete
 from minilora.qlora.codebooks import dynamic_map
 
 try:
@@ -38,14 +38,16 @@ BYTES_A_PROGRAM = (
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """Turn 4 bits back into weights: blockwise.dequantize, in one kernel.
 
-    weight = codebook[code] · absmax[block]            [QLoRA] eq. 2
+        weight = codebook[code] · absmax[block]        [QLoRA] eq. 2
 
     Raises:
         ImportError: if Triton is not installed.
-        ValueError: if the weight is not on a CUDA device (and Triton does not interpret: TRITON_INTERPRET=1).
+        ValueError: if the weight is not on a CUDA device (and Triton does not interpret: TRITON_INTERPRET=1),
+            or codes or units are missing.
     """
-    packed, block_size = quantized.packed, quantized.block_size
+    packed, block_size = quantized.packed.contiguous(), quantized.block_size
     _check_runnable(packed.device)
+    check_complete(quantized)
     if block_size not in BLOCK_SIZES:
         return blockwise.dequantize(quantized, dtype)
     n_blocks, rest = divmod(math.prod(quantized.shape), block_size)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from minilora.classroom import plots
 from minilora.classroom.merging import (
+    FORMATS,
     OWN_INPUT,
     RATIOS,
     drift,
@@ -86,3 +88,18 @@ def test_a_cycle_that_adds_exactly_and_subtracts_rounded_is_pefts():
         assert np.linalg.norm(now - before) / np.linalg.norm(before) == pytest.approx(predicted[cycle], rel=1e-5)
 
     assert predicted[29] > 2 * predicted[0]
+
+
+def test_the_figures_are_the_same_bytes_each_time():
+    W, A, B = random_layer(64, 3)
+    one = merge_as("NF4", W, 0.1 * B @ A)
+    pair = one.meant[0], one.arrived[0]
+    points = {name: [(0.1, 0.5)] for name in FORMATS}
+    draw = [
+        lambda: plots.merge_error(RATIOS, merge_errors(64, 4), "NF4", 0.03, pair),
+        lambda: plots.arrivals({"1": pair, "2": pair}),
+        lambda: plots.drifts({"same": [1e-3] * 100, "walk": np.linspace(1e-3, 1e-2, 100).tolist()}),
+        lambda: plots.real_merges(RATIOS, merge_errors(64, 4), points, points),
+    ]
+
+    assert all(plots.png(figure()) == plots.png(figure()) for figure in draw)

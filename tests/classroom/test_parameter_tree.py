@@ -7,7 +7,7 @@ from minilora.classroom.parameter_tree import EVERYTHING, parameter_tree
 from minilora.llm.architectures import ARCHITECTURES
 from minilora.llm.config import ModelConfig
 from minilora.llm.model import Decoder
-from minilora.llm.sizes import OPTIMIZERS, Setup, training_bytes
+from minilora.llm.sizes import OPTIMIZERS, Setup, adapter_shapes, training_bytes
 from minilora.torch_lora import LoRALinear, count_parameters, inject
 
 SMOL = ARCHITECTURES["smollm2-135m"]
@@ -45,6 +45,17 @@ def test_state_is_what_the_size_calculator_says(targets, optimizer):
     told = training_bytes(SMOL, Setup(method="lora", r=4, targets=named, optimizer=optimizer))
 
     assert (tree.state_bytes, tree.gradient_bytes) == (told.optimizer, told.gradients)
+
+
+def test_adapters_have_the_shapes_that_a_file_of_them_has():
+    tree = parameter_tree(SMOL, r=4, targets="all-linear", optimizer="sgd")
+    shown = {part.name.replace("*", "0"): part.adapter for part in tree.parts if part.adapter}
+    told = adapter_shapes(SMOL, r=4)
+
+    assert len(shown) == 7
+    for name, (A, B) in shown.items():
+        assert A == told[f"base_model.model.{name}.lora_A.weight"]
+        assert B == told[f"base_model.model.{name}.lora_B.weight"]
 
 
 def test_everything_is_full_fine_tuning():

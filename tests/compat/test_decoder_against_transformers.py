@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import gguf
 import pytest
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from minilora.llm import Decoder, ModelConfig, generate, load_model, smollm2
+from minilora.llm.chat import ChatTemplate
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -35,7 +34,7 @@ TINY = {
     "llama, tied": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "llama, wide heads": ("Llama", {"num_key_value_heads": 2, "head_dim": 32}),
     "llama 3 rotations": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA3_ROPE}),
-    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None, "rms_norm_eps": 1e-2}),
     "mistral, tied": ("Mistral", {"num_key_value_heads": 1, "sliding_window": None, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
     "qwen2, tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -155,14 +154,20 @@ def test_the_cached_base_model_is_a_folder_that_transformers_reads_alike(base):
 
 
 @pytest.mark.long
-def test_the_cached_weights_are_those_that_transformers_reads_from_the_gguf(base, tmp_path):
-    model, _ = base
+def test_the_cached_weights_are_those_of_the_gguf_file_read_by_transformers_and_read_by_us(base, tmp_path):
+    cached, tokenizer = base
     path = smollm2.unpack_gguf(tmp_path)
 
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    ours, same_tokenizer = load_model(path)
 
-    for name, weight in theirs.state_dict().items():
-        assert torch.equal(weight, model.state_dict()[name]), name
+    assert theirs.state_dict().keys() == cached.state_dict().keys()
+    for name, weight in cached.state_dict().items():
+        assert torch.equal(weight, theirs.state_dict()[name]), name
+        assert torch.equal(weight, ours.state_dict()[name]), name
+    assert ours.config == cached.config
+    assert ours.base_sha256 == cached.base_sha256
+    assert same_tokenizer.encode("In 2024, it's 12 °C") == tokenizer.encode("In 2024, it's 12 °C")
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "llama 3 rotations", "mistral", "qwen2"])
@@ -212,8 +217,6 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_chat_templates_mean_what_they_mean_to_transformers(name):
-    from minilora.llm.chat import ChatTemplate
-
     messages = [
         {"role": "user", "content": " Where is the café? <b>&</b> "},
         {"role": "assistant", "content": "There."},

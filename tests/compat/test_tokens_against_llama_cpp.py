@@ -1,7 +1,7 @@
 """Our token ids are llama.cpp's own.
 
-llama.cpp comes compiled in the npm package node-llama-cpp (Node.js 20 or newer); `npm ci` fetches it into `node/` beside
-this file when it is missing. The texts are made from a seed.
+llama.cpp comes compiled in the npm package node-llama-cpp, for Node.js 20 or newer; `npm ci` fetches it into `node/`
+beside this file when it is missing. The texts are made from a seed.
 """
 
 import json
@@ -23,14 +23,33 @@ pytestmark = pytest.mark.long
 NODE = Path(__file__).parent / "node"
 OLDEST_NODE = 20
 
-WORDS = "the quick Brown fox's LoRA isn't HTML straße naïve Ærø İstanbul ǅ ﬁne ª º ² ¼ Ⅻ १२३ ٣".split()
-SCRIPTS = "日本語のテキスト 한국어 русский ελληνικά עברית العربية हिन्दी ไทย ქართული አማርኛ 繁體中文 ᚠᚢᚦ 𝔘𝔫𝔦 𐍈".split()
+WORDS = "the quick Brown fox's LoRA isn't HTML straße naïve Ærø İstanbul ǅ ﬁne ª º ² ¼ Ⅻ १२३ ٣"
+SCRIPTS = "日本語のテキスト 한국어 русский ελληνικά עברית العربية हिन्दी ไทย ქართული አማርኛ 繁體中文 ᚠᚢᚦ 𝔘𝔫𝔦 𐍈"
 EMOJI = ["🙂", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇩🇪", "❤️", "☃", "⌘", "️", "‍"]
-SPACES = [" ", "  ", "   ", "\t", "\n", "\r\n", "\n\n\n", " \n ", "\u00a0", "\u2003", "\u3000", "\u200b", "\u2028", "\x85", "\x0b", "\x0c", "\x1c", "\u1680", "\u180e", "\ufeff"]  # fmt: skip
-CODE = ["def f(x):\n    return x**2\n", "for(int i=0;i<10;++i){a[i]+=1;}", "<a href='x'>y</a>", '{"k": [1, 2.5e-3, null]}', "x != y && !z || ~w", "#!/bin/sh\n\techo $PATH | sed 's/a/b/g'\n", "λ → ∀x∈ℝ: x²≥0"]  # fmt: skip
-CONTRACTIONS = ["it's", "IT'S", "we'll", "they've", "I'm", "you'd", "he're", "can't", "'tis", "rock'n'roll", "’s", "'S", "'Ll", "o'clock's't"]  # fmt: skip
-LOOK_ALIKES = ["<|im_end|>", "<|im_start|>", "<|im_start|>user\n", "<|endoftext|>", "<|im_end", "|im_end|>", "<| im_end |>", "<file_sep>", "<repo_name>x", "<<|im_end|>>"]  # fmt: skip
-CONTROLS = ["\x00", "\x01", "\x07", "\x1b[0m", "\x7f", "\x9f", "\u0301", "e\u0301", "\u202e", "\ufffd", "\ufffe", "\U000f0000", "\U0010fffd", "\ue000", "\x04", "\x1d", "a\x13b", "\U00040000"]  # fmt: skip
+SPACES = [
+    *" \t\n\u00a0\u2003\u3000\u200b\u2028\x85\x0b\x0c\x1c\u1680\u180e\ufeff",
+    "  ",
+    "   ",
+    "\r\n",
+    "\n\n\n",
+    " \n ",
+]
+CODE = [
+    "def f(x):\n    return x**2\n",
+    "for(int i=0;i<10;++i){a[i]+=1;}",
+    "<a href='x'>y</a>",
+    '{"k": [1, 2.5e-3, null]}',
+    "x != y && !z || ~w",
+    "#!/bin/sh\n\techo $PATH | sed 's/a/b/g'\n",
+    "λ → ∀x∈ℝ: x²≥0",
+]
+CONTRACTIONS = "it's IT'S we'll they've I'm you'd he're can't 'tis rock'n'roll ’s 'S 'Ll o'clock's't"
+LOOK_ALIKES = "<|im_end|> <|im_start|> <|endoftext|> <|im_end |im_end|> <file_sep> <repo_name>x <<|im_end|>>"
+CONTROLS = [
+    *"\x00\x01\x04\x07\x1d\x7f\x9f\u0301\u202e\ue000\ufffd\ufffe\U00040000\U000f0000\U0010fffd",
+    "e\u0301",
+    "\x1b[0m",
+]
 
 
 def make_texts(n: int, seed: int) -> list[str]:
@@ -43,11 +62,19 @@ def make_texts(n: int, seed: int) -> list[str]:
         )
 
     def letter() -> str:
-        code = dice.choice([dice.randrange(0x20, 0x3000), dice.randrange(0x3000, 0xD800), dice.randrange(0xE000, 0x20000)])
+        code = dice.choice(
+            [dice.randrange(0x20, 0x3000), dice.randrange(0x3000, 0xD800), dice.randrange(0xE000, 0x20000)]
+        )
         return chr(code)
 
-    pools = [WORDS, SCRIPTS, EMOJI, SPACES, CODE, CONTRACTIONS, LOOK_ALIKES, CONTROLS]
-    makers = [lambda pool=pool: dice.choice(pool) for pool in pools] + [number, number, letter, lambda: " ", lambda: " "]
+    pools = [EMOJI, SPACES, CODE, CONTROLS, *(words.split() for words in (WORDS, SCRIPTS, CONTRACTIONS, LOOK_ALIKES))]
+    makers = [lambda pool=pool: dice.choice(pool) for pool in pools] + [
+        number,
+        number,
+        letter,
+        lambda: " ",
+        lambda: " ",
+    ]
     return ["".join(dice.choice(makers)() for _ in range(dice.randrange(1, 25))) for _ in range(n)]
 
 
@@ -62,10 +89,16 @@ def llama_cpp():
         _missing(f"Node.js {version} is too old for node-llama-cpp: install version {OLDEST_NODE} or newer")
     if not (NODE / "node_modules" / "node-llama-cpp").is_dir():
         fetched = subprocess.run(
-            ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=NODE, capture_output=True, text=True, check=False
+            ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
+            cwd=NODE,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if fetched.returncode:
-            _missing(f"`npm ci --ignore-scripts` in {NODE.name}/ failed, is there a network? It says:\n{fetched.stderr}")
+            _missing(
+                f"`npm ci --ignore-scripts` in {NODE.name}/ failed, is there a network? It says:\n{fetched.stderr}"
+            )
 
     def ids(model: Path, texts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
         question = json.dumps({"model": str(model), "texts": texts})

@@ -30,7 +30,9 @@ BOMBS = {
     ),
     "a long text printed often": "{% for i in range(90000) %}" + "a" * 60000 + "{% endfor %}",
     "a long text printed often, and caught": (
-        "{% for i in range(90000) %}{% set v %}{% for j in range(9999) %}" + "a" * 60000 + "{% endfor %}{% endset %}{% endfor %}"
+        "{% for i in range(90000) %}{% set v %}{% for j in range(9999) %}"
+        + "a" * 60000
+        + "{% endfor %}{% endset %}{% endfor %}"
     ),
 }
 
@@ -46,7 +48,7 @@ FORBIDDEN = {
     "{{ messages | tojson(indent=9999999999) }}": r"tojson\(indent=9999999999\) is not offered: use 0 to 8",
     "{{ lipsum(n=99999) }}": "'lipsum' is undefined",
     "{{ range(999999999) }}": "Range too big",
-    "{% set ns = namespace(i=3) %}{% for i in range(99) %}{% set ns.i = ns.i * ns.i %}{% endfor %}": "numbers above 2⁶³",
+    "{% set ns = namespace(i=3) %}{% for i in range(9) %}{% set ns.i = ns.i * ns.i %}{% endfor %}": "numbers above 2⁶³",
     "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}": "a namespace is for keeping values",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "recursion",
     "{{ " + "9" * 60000 + " }}": "cannot be read: Exceeds the limit",
@@ -82,7 +84,11 @@ def test_stopping_them_takes_little_memory():
         "print(peak_mb() - before)\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", program], input=json.dumps(list(BOMBS.values())), capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        input=json.dumps(list(BOMBS.values())),
+        capture_output=True,
+        text=True,
+        check=True,
     )
 
     # The budget is 10 million characters of 4 bytes at most, and a few values of that size are alive at once.
@@ -96,7 +102,9 @@ def test_what_is_not_offered_says_so(source):
 
 
 def test_a_template_as_long_as_a_book_is_not_read():
-    with pytest.raises(ValueError, match=f"the chat template has {MAX_SOURCE + 1} characters; at most {MAX_SOURCE} are read"):
+    with pytest.raises(
+        ValueError, match=f"the chat template has {MAX_SOURCE + 1} characters; at most {MAX_SOURCE} are read"
+    ):
         ChatTemplate("x" * (MAX_SOURCE + 1))
 
 

@@ -99,6 +99,17 @@ def test_every_prompt_token_is_read_once(tiny, monkeypatch):
     assert read == [6, 1, 1, 1]
 
 
+def test_positions_are_counted_from_the_first_real_token(tiny, monkeypatch):
+    """Only distances matter, but other positions round differently: a row's last bits would not be those it has alone."""
+    seen = []
+    read = tiny.model.forward
+    monkeypatch.setattr(tiny.model, "forward", lambda x, **more: seen.append(more["positions"]) or read(x, **more))
+
+    generate(tiny, random_prompts([2, 4]), max_new_tokens=3)
+
+    assert [positions.tolist() for positions in seen] == [[[0, 0, 0, 1], [0, 1, 2, 3]], [[2], [4]], [[3], [5]]]
+
+
 def test_nothing_is_asked_and_nothing_is_answered(tiny):
     assert generate(tiny, [], max_new_tokens=5) == []
     assert generate(tiny, [[1, 2]], max_new_tokens=0) == [[]]

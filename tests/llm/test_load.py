@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_decoder import tiny_config, write_gguf
 
 from minilora.llm import Decoder, ModelConfig, load_model, smollm2
@@ -79,7 +79,9 @@ def test_a_tied_head_need_not_be_in_the_file_and_may_be(tmp_path, weights):
 
 
 def test_two_different_tensors_for_a_tied_head_are_refused(tmp_path, weights):
-    with pytest.raises(ValueError, match="the config ties lm_head.weight to model.embed_tokens.weight, but the file has two"):
+    with pytest.raises(
+        ValueError, match=r"the config ties lm_head\.weight to model.embed_tokens.weight, but the file has two"
+    ):
         load_model(write_folder(tmp_path, weights, tie_word_embeddings=True))
 
 
@@ -174,7 +176,7 @@ def test_an_unknown_name_is_refused_with_what_there_is(name):
 def test_a_hub_name_without_the_hubs_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
 
-    with pytest.raises(RuntimeError, match="'owner/name' is no folder here, .* `pip install huggingface_hub`"):
+    with pytest.raises(RuntimeError, match=r"'owner/name' is no folder here, .* `pip install huggingface_hub`"):
         load_model("owner/name")
 
 
@@ -184,7 +186,7 @@ def test_a_hub_that_does_not_answer_says_so():
 
 
 def test_an_integer_dtype_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="cannot load weights as torch.int8: use a floating-point dtype"):
+    with pytest.raises(ValueError, match=r"cannot load weights as torch\.int8: use a floating-point dtype"):
         load_model(tmp_path, dtype=torch.int8)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from minilora.llm import Decoder, KVCache
 from minilora.llm.model import rotate, rotation_of
 
-# The same float64 sums in another order: at most 50 terms of size 10, each rounded by 1e-16 of itself, three layers deep.
+# The same float64 sums in another order: 50 terms of size 10, each rounded by 1e-16 of itself, three layers deep.
 CLOSE = {"atol": 1e-11, "rtol": 0}
 
 
@@ -127,7 +127,10 @@ def test_a_tied_head_is_the_embedding_and_stays_it_in_another_dtype():
 
 
 def test_a_full_cache_says_so(tiny):
-    with torch.no_grad(), pytest.raises(ValueError, match="the cache was made for 4 tokens and 5 are needed: make it larger"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="the cache was made for 4 tokens and 5 are needed: make it larger"),
+    ):
         tiny(random_tokens(1, 5), cache=KVCache(n_layers=3, max_tokens=4))
 
 

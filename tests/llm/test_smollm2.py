@@ -144,7 +144,7 @@ def test_a_damaged_cache_is_named_with_what_to_delete(tiny_package, message):
     with pytest.raises(ValueError, match=message) as error:
         load_model("smollm2-135m")
 
-    assert f"elete the folder {folder} and run `python -m minilora.llm.smollm2`" in str(error.value)
+    assert f"Delete the folder {folder} and run `python -m minilora.llm.smollm2`" in str(error.value)
 
 
 def test_deleting_what_it_names_and_running_it_again_helps(tiny_package):

@@ -18,7 +18,9 @@ def permuted(w: np.ndarray, n_heads: int) -> np.ndarray:
     return w.reshape(n_heads, 2, w.shape[0] // n_heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def write_gguf(path: Path, model: Decoder, architecture: str = "llama", rope_factors: list[float] | None = None) -> None:
+def write_gguf(
+    path: Path, model: Decoder, architecture: str = "llama", rope_factors: list[float] | None = None
+) -> None:
     """A GGUF file of a tiny model, with llama.cpp's own library for names and bytes."""
     config, writer = model.config, gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.n_layers)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numba
 import pytest
@@ -155,6 +156,17 @@ def test_a_bad_weight_in_another_threads_share_is_refused():
 def test_a_float64_that_no_float32_holds_is_refused():
     with pytest.raises(ValueError, match=r"1 of 64 weights are NaN or infinite, the first at \(63,\)"):
         kernels_cpu.quantize(torch.tensor([0.0] * 63 + [1e300], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("part", ["packed", "absmax"])
+def test_a_weight_with_a_part_too_short_is_refused_before_a_kernel_reads_beyond_it(part, double):
+    whole = blockwise.quantize(torch.randn(300, 64), double=double)
+    kept = getattr(whole, part)
+    short = replace(kept, absmax=kept.absmax[:1]) if isinstance(kept, NestedAbsmax) else kept[:-1]
+
+    with pytest.raises(ValueError, match=r"a weight of shape \(300, 64\) needs .*; this one has .*: load it again"):
+        kernels_cpu.dequantize(replace(whole, **{part: short}))
 
 
 # --- threads, forks, and folders that cannot be written
