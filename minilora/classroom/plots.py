@@ -123,10 +123,10 @@ def highway(cost: BypassCost) -> Figure:
     labels = ["x Wᵀ  (highway)", "(x Aᵀ) Bᵀ", "x (B A)ᵀ"]
     counts = [cost.highway, cost.through_bottleneck, cost.formed_first]
     _log_bars(bars, labels, counts, [GREY, GREEN, RED], [human_count(n) for n in counts], limits=(100, 1e13))
-    bars.set_title("multiplications", loc="left")
+    bars.set_title("multiplications (log scale)", loc="left")
     scratch = [cost.scratch_bytes(formed=False), cost.scratch_bytes(formed=True)]
     _log_bars(bytes_, ["x Aᵀ", "B A"], scratch, [GREEN, RED], [human_bytes(n) for n in scratch], limits=(0.5, 1e10))
-    bytes_.set_title("bytes in between (float32)", loc="left")
+    bytes_.set_title("float32 bytes between (log scale)", loc="left")
     return figure
 
 

@@ -4,6 +4,7 @@ import argparse
 import html.parser
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from minilora.llm.tokenizer import load_tokenizer
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, load_adapter
 from minilora.torch_lora.inject import ALL_LINEAR, adapter_layers
+from minilora.train.extraction import KEYS
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
 
@@ -55,17 +57,28 @@ def small(**settings):
     return Settings(steps=4, r=2, n_eval=3, perplexity_tokens=512, **settings)
 
 
-@pytest.fixture(scope="module", params=["qlora", "lora"])
-def run(request, tmp_path_factory):
-    """A demo of four steps, and what it said."""
-    said = []
-    out = tmp_path_factory.mktemp(request.param)
-    result = run_demo(small(method=request.param, out=out), load_tiny, said.append)
-    return result, said, out
+def small_run(method, out):
+    """A demo of four steps, and its folder."""
+    return run_demo(small(method=method, out=out), load_tiny, lambda text: None), out
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory):
+    return small_run("qlora", tmp_path_factory.mktemp("qlora"))
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    return small_run("lora", tmp_path_factory.mktemp("lora"))
+
+
+@pytest.fixture(params=["qlora", "lora"])
+def run(request):
+    return request.getfixturevalue(request.param)
 
 
 def test_the_numbers_are_those_that_were_promised(run):
-    result, _, _ = run
+    result, _ = run
     numbers = json.loads(json.dumps(result.numbers()))
 
     assert {
@@ -78,7 +91,7 @@ def test_the_numbers_are_those_that_were_promised(run):
 
 
 def test_every_linear_layer_but_the_head_is_trained(run):
-    result, _, _ = run
+    result, _ = run
     shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
 
     assert result.trainable == 2 * sum(2 * (n_in + n_out) for n_in, n_out in shapes)
@@ -86,7 +99,7 @@ def test_every_linear_layer_but_the_head_is_trained(run):
 
 
 def test_the_adapter_on_disk_is_the_one_that_was_trained(run):
-    result, _, out = run
+    result, out = run
     model = tiny_model(49152)
     load_adapter(model, out / "adapter")
 
@@ -96,14 +109,14 @@ def test_the_adapter_on_disk_is_the_one_that_was_trained(run):
 
 
 def test_merging_is_exact_but_for_rounding(run):
-    result, _, _ = run
+    result, _ = run
 
     assert result.merge_relative_error < 1e-4 < result.merge_relative_error_bf16
 
 
-def test_the_same_seed_gives_the_same_run(run, tmp_path):
-    result, _, _ = run
-    again = run_demo(small(method=result.method, out=tmp_path), load_tiny, lambda text: None)
+def test_the_same_seed_gives_the_same_run(qlora, tmp_path):
+    result, _ = qlora
+    again, _ = small_run("qlora", tmp_path)
 
     assert [step.loss for step in again.training.steps] == [step.loss for step in result.training.steps]
     assert again.spectrum == result.spectrum
@@ -128,16 +141,16 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def test_the_report_is_one_file(run):
-    page = Page((run[2] / "report.html").read_text())
+def test_the_report_is_one_file(qlora):
+    page = Page((qlora[1] / "report.html").read_text())
 
     assert page.fetched == []
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert "url(" not in (run[2] / "report.html").read_text()
+    assert "url(" not in (qlora[1] / "report.html").read_text()
 
 
-def test_every_figure_says_what_it_shows(run):
-    page = Page((run[2] / "report.html").read_text())
+def test_every_figure_says_what_it_shows(qlora):
+    page = Page((qlora[1] / "report.html").read_text())
 
     assert len(page.images) == 2
     assert all(len(image["alt"]) > 80 for image in page.images)
@@ -145,27 +158,24 @@ def test_every_figure_says_what_it_shows(run):
 
 
 def test_the_report_says_that_nf4_rounds_a_second_time(run):
-    result, _, out = run
+    result, out = run
     text = " ".join(Page((out / "report.html").read_text()).text.split())
 
     assert "published in Q4_1" in text and "rounds a second time" in text
     assert f"{result.perplexities.base:.2f}" in text and f"{result.perplexities.nf4:.2f}" in text
 
 
-def test_what_a_model_writes_stays_text(run):
-    result, _, _ = run
+def test_what_a_model_writes_stays_text(qlora):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-    result.before[0] = result.after[0] = result.after[1] = evil
-    page = Page(report_html(result))
+    answers = [evil, json.dumps({key: evil for key in KEYS}), ""]
+    page = Page(report_html(replace(qlora[0], before=answers, after=answers)))
 
     assert "script" not in page.tags and len(page.images) == 2
     assert evil in page.text
 
 
-def test_a_deleted_letter_is_shown_as_deleted():
-    assert marked_difference("Tob & Ana", "Tobi & Anna") == "Tob<del>i</del> &amp; A<mark></mark>na".replace(
-        "A<mark></mark>na", "An<del>n</del>a"
-    )
+def test_a_letter_too_few_is_struck_through_and_one_too_many_is_marked():
+    assert marked_difference("Tob & Anna", "Tobi & Ana") == "Tob<del>i</del> &amp; An<mark>n</mark>a"
 
 
 def test_the_spectrum_is_that_of_the_whole_update():
@@ -232,7 +242,6 @@ def test_impossible_settings_are_refused_all_at_once():
 
 
 def test_the_command_line_prints_where_everything_is_and_writes_the_numbers(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("minilora.classroom.demo.load_model", load_tiny)
     monkeypatch.setattr(run_demo, "__defaults__", (load_tiny, print))
     names = ("method", "r", "lr", "seed")
     args = argparse.Namespace(

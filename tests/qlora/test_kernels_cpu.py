@@ -1,11 +1,13 @@
 """The Numba kernels equal the reference bit for bit, in any number of threads, and leave torch and forks alone."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from dataclasses import replace
 
+import llvmlite.binding as llvm
 import numba
 import pytest
 import torch
@@ -114,6 +116,26 @@ def test_where_no_instruction_looks_sixteen_up_each_is_looked_up_alone(monkeypat
 
     assert same(kernels_cpu.dequantize(quantized, torch.bfloat16), blockwise.dequantize(quantized, torch.bfloat16))
     assert "pshuf" not in alone.inspect_llvm(alone.signatures[0])
+
+
+@pytest.mark.parametrize(
+    ("machine", "triple", "instruction"),
+    [("x86_64", "x86_64-unknown-linux-gnu", "pshufb"), ("arm64", "aarch64-unknown-linux-gnu", "tbl")],
+)
+def test_llvm_turns_sixteen_lookups_into_one_instruction(machine, triple, instruction):
+    name, bytes16 = kernels_cpu.LOOK_UP[machine], "<16 x i8>"
+    module = f"""
+        target triple = "{triple}"
+        declare {bytes16} @{name}({bytes16}, {bytes16})
+        define {bytes16} @find({bytes16} %table, {bytes16} %codes) "target-features"="+ssse3" {{
+            %found = call {bytes16} @{name}({bytes16} %table, {bytes16} %codes)
+            ret {bytes16} %found
+        }}"""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    assembly = llvm.Target.from_triple(triple).create_target_machine().emit_assembly(llvm.parse_assembly(module))
+
+    assert re.findall(rf"\b{instruction}", assembly) == [instruction]
 
 
 def test_a_transposed_weight_that_wants_a_gradient_is_read_in_its_order():

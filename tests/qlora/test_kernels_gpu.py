@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -79,6 +80,13 @@ def test_a_block_size_that_only_a_file_can_have_is_left_to_the_reference(interpr
     quantized = blockwise.Quantized(torch.arange(30, dtype=torch.uint8), torch.rand(3), NF4, 20, (60,))
 
     assert torch.equal(interpreted.dequantize(quantized), blockwise.dequantize(quantized))
+
+
+def test_a_weight_with_codes_missing_is_refused_before_the_kernel_reads_beyond_them(interpreted):
+    whole = blockwise.quantize(torch.randn(64))
+
+    with pytest.raises(ValueError, match=r"needs {'bytes of codes': 32, 'units': 1}; this one has .* load it again"):
+        interpreted.dequantize(replace(whole, packed=whole.packed[:-1]))
 
 
 # --- compiled ahead of time: no GPU is needed for that
