@@ -2,13 +2,15 @@
 
     python benchmarks/nf4_kernels.py                     the table
     python benchmarks/nf4_kernels.py --json FILE         and the same numbers as JSON
-    python benchmarks/nf4_kernels.py --shapes 4096x4096 --rounds 25 --threads 1
+    python benchmarks/nf4_kernels.py --threads 1 --cpu-time      for a machine that does other work as well
 
 Before anything is timed, both must give the same bytes for the weights, and the same values for the same bytes. (The
 units' own 8-bit codes differ in a few of a thousand: on a CPU bitsandbytes rounds them to a coarser grid first.)
 A time is of one call, its result made anew and dropped, as a layer does it. A ratio is ours / theirs within one round:
-the median of the rounds is given, the least and the largest. Below 1 we are faster. Other programs on the machine move
-both times, and the ratio less.
+the median of the rounds is given, the least and the largest. Below 1 we are faster.
+
+Other programs on the machine stretch both times, and scatter the ratio. --cpu-time counts only while this process runs.
+(Use it with one thread: OpenMP's threads wait for each other by running.)
 """
 
 import argparse
@@ -49,7 +51,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    about = machine(options.threads)
+    about = machine(options)
     print("\n".join(f"{name:<24}{value}" for name, value in about.items()), end="\n\n")
     print(f"{'':<11}{'shape':<11}{'dtype':<10}{'units':<9}{'ours':>11}{'theirs':>12}   ratio (least to largest)")
     rows = []
@@ -58,7 +60,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             w = torch.randn(n_rows, n_columns, generator=torch.Generator().manual_seed(0)).to(dtype)
             for double in (False, True):
-                for row in compare(w, shape, double, options.rounds):
+                for row in compare(w, shape, double, options):
                     rows.append(row)
                     print(line(row), flush=True)
     if options.json:
@@ -66,7 +68,7 @@ def main() -> None:
         options.json.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
-def compare(w: Any, shape: str, double: bool, rounds: int) -> list[Row]:
+def compare(w: Any, shape: str, double: bool, options: argparse.Namespace) -> list[Row]:
     """Time one weight both ways, once both are seen to agree on it."""
     from bitsandbytes import functional as bnb
 
@@ -87,12 +89,17 @@ def compare(w: Any, shape: str, double: bool, rounds: int) -> list[Row]:
     if not same:
         raise SystemExit(f"{shape}, {w.dtype}: the two do not agree, so nothing is timed")
     pairs: list[tuple[str, Callable[[], Any], Callable[[], Any], int]] = [
-        ("quantize", ours_quantize, theirs_quantize, max(3, rounds // 3)),
-        ("dequantize", lambda: dequantize(quantized, w.dtype), lambda: bnb.dequantize_4bit(their_bytes, state), rounds),
+        ("quantize", ours_quantize, theirs_quantize, max(3, options.rounds // 3)),
+        (
+            "dequantize",
+            lambda: dequantize(quantized, w.dtype),
+            lambda: bnb.dequantize_4bit(their_bytes, state),
+            options.rounds,
+        ),
     ]
     rows = []
     for what, ours, theirs, n in pairs:
-        times = by_turns(ours, theirs, n)
+        times = by_turns(ours, theirs, n, time.process_time if options.cpu_time else time.perf_counter)
         ratios = [mine / other for mine, other in times]
         medians = [statistics.median(side) * 1000 for side in zip(*times, strict=True)]
         dtype, units = str(w.dtype).removeprefix("torch."), "8 bits" if double else "float32"
@@ -101,26 +108,28 @@ def compare(w: Any, shape: str, double: bool, rounds: int) -> list[Row]:
     return rows
 
 
-def by_turns(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> list[tuple[float, float]]:
+def by_turns(
+    ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, clock: Callable[[], float]
+) -> list[tuple[float, float]]:
     """Seconds of one call, ours and theirs, round after round; who goes first changes."""
-    repeats = [max(1, round(ROUND_S / seconds(f, 1))) for f in (ours, theirs)]
+    repeats = [max(1, round(ROUND_S / seconds(f, 1, clock))) for f in (ours, theirs)]
     times = []
     for number in range(rounds):
         sides = [(ours, repeats[0]), (theirs, repeats[1])]
-        turn = [seconds(f, n) for f, n in (sides if number % 2 else sides[::-1])]
+        turn = [seconds(f, n, clock) for f, n in (sides if number % 2 else sides[::-1])]
         mine, other = turn if number % 2 else turn[::-1]
         times.append((mine, other))
     return times
 
 
-def seconds(f: Callable[[], Any], repeats: int) -> float:
-    start = time.perf_counter()
+def seconds(f: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(repeats):
         f()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(options: argparse.Namespace) -> dict[str, Any]:
     """What the figures depend on."""
     import torch
 
@@ -131,7 +140,8 @@ def machine(threads: int) -> dict[str, Any]:
         "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "threads": threads,
+        "threads": options.threads,
+        "clock": "CPU time" if options.cpu_time else "wall clock",
         "load_before": round(os.getloadavg()[0], 2),
         "transparent_huge_pages": pages.read_text().strip() if pages.exists() else "no such setting",
         **{name: version(name) for name in ("torch", "numba", "bitsandbytes")},
@@ -152,6 +162,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="of dequantize; quantize has a third (default: 15)")
     cores = os.cpu_count() or 1
     parser.add_argument("--threads", type=int, default=cores, help=f"for both sides (default: all cores, {cores})")
+    parser.add_argument("--cpu-time", action="store_true", help="count the time that this process runs, not the wall's")
     return parser.parse_args()
 
 

@@ -513,7 +513,7 @@ assert (folded - live).norm() < 1e-5 * effect and count == sum(p.numel() for p i
 # gives the weight back bit for bit. Your state_dict fits it, because the names are the same.
 
 # %%
-from minilora.torch_lora import LoRALinear as PackageLoRALinear, merged
+from minilora.torch_lora import LoRALinear as PackageLoRALinear, inject, merged
 
 package = adapted(block, r=4, layer_class=PackageLoRALinear)
 package.load_state_dict(student.state_dict())
@@ -526,6 +526,10 @@ print("after `with merged(model)` every bit is back:", torch.equal(package.q_pro
 with expect_bug(RuntimeError, match="second merge would add the update twice"):
     package.q_proj.merge()
     package.q_proj.merge()
+package.q_proj.unmerge()
+
+# wrapping by name, freezing and counting in one call: lesson 05
+print(inject(SimpleAttention(512), ["q_proj", "v_proj"], lambda base: PackageLoRALinear(base, r=8, alpha=16)))
 
 # %% [markdown] tags=["slide"]
 # ## 8 · Break it

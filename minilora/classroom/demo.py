@@ -244,7 +244,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def main_from_args(args: argparse.Namespace) -> int:
+def main_from_args(args: argparse.Namespace, load: Callable[..., tuple[Decoder, Tokenizer]] = load_model) -> int:
     """Run the demo with the options that were given (None: the default), print where everything is."""
     started = time.perf_counter()
     names = ("method", "steps", "r", "lr", "seed", "n_eval", "out")
@@ -252,7 +252,7 @@ def main_from_args(args: argparse.Namespace) -> int:
     if "out" in given:
         given["out"] = Path(given["out"])
     settings = Settings(**given)
-    result = run_demo(settings)
+    result = run_demo(settings, load)
     if args.json:
         write_text(Path(args.json), json.dumps(result.numbers(), indent=2, ensure_ascii=False) + "\n")
     print(result.summary())

@@ -167,7 +167,7 @@ def test_the_report_says_that_nf4_rounds_a_second_time(run):
 
 def test_what_a_model_writes_stays_text(qlora):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-    answers = [evil, json.dumps({key: evil for key in KEYS}), ""]
+    answers = [evil, json.dumps(dict.fromkeys(KEYS, evil)), ""]
     page = Page(report_html(replace(qlora[0], before=answers, after=answers)))
 
     assert "script" not in page.tags and len(page.images) == 2
@@ -241,14 +241,13 @@ def test_impossible_settings_are_refused_all_at_once():
     assert "the methods are ['lora', 'qlora']" in str(error.value)
 
 
-def test_the_command_line_prints_where_everything_is_and_writes_the_numbers(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_demo, "__defaults__", (load_tiny, print))
+def test_the_command_line_prints_where_everything_is_and_writes_the_numbers(tmp_path, capsys):
     names = ("method", "r", "lr", "seed")
     args = argparse.Namespace(
         **dict.fromkeys(names), steps=2, n_eval=2, out=str(tmp_path), json=str(tmp_path / "n.json")
     )
 
-    assert main_from_args(args) == 0
+    assert main_from_args(args, load_tiny) == 0
     assert json.loads((tmp_path / "n.json").read_text())["steps"] == 2
     assert str(tmp_path / "report.html") in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "n.json", "report.html"]

@@ -100,7 +100,7 @@ def test_every_prompt_token_is_read_once(tiny, monkeypatch):
 
 
 def test_positions_are_counted_from_the_first_real_token(tiny, monkeypatch):
-    """Only distances matter, but other positions round differently: a row's last bits would not be those it has alone."""
+    """Only distances matter, but other positions round differently: its last bits would not be those it has alone."""
     seen = []
     read = tiny.model.forward
     monkeypatch.setattr(tiny.model, "forward", lambda x, **more: seen.append(more["positions"]) or read(x, **more))

@@ -119,15 +119,15 @@ def test_where_no_instruction_looks_sixteen_up_each_is_looked_up_alone(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("machine", "triple", "instruction"),
-    [("x86_64", "x86_64-unknown-linux-gnu", "pshufb"), ("arm64", "aarch64-unknown-linux-gnu", "tbl")],
+    ("machine", "triple", "feature", "instruction"),
+    [("x86_64", "x86_64-unknown-linux-gnu", "ssse3", "pshufb"), ("arm64", "aarch64-unknown-linux-gnu", "neon", "tbl")],
 )
-def test_llvm_turns_sixteen_lookups_into_one_instruction(machine, triple, instruction):
+def test_llvm_turns_sixteen_lookups_into_one_instruction(machine, triple, feature, instruction):
     name, bytes16 = kernels_cpu.LOOK_UP[machine], "<16 x i8>"
     module = f"""
         target triple = "{triple}"
         declare {bytes16} @{name}({bytes16}, {bytes16})
-        define {bytes16} @find({bytes16} %table, {bytes16} %codes) "target-features"="+ssse3" {{
+        define {bytes16} @find({bytes16} %table, {bytes16} %codes) "target-features"="+{feature}" {{
             %found = call {bytes16} @{name}({bytes16} %table, {bytes16} %codes)
             ret {bytes16} %found
         }}"""
