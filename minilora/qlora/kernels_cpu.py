@@ -6,17 +6,20 @@
 
 The results are the reference's, bit for bit: the same float32 operations in the same order, which Numba neither fuses
 nor reorders. A short last block is left to the reference.
+
 The kernels let go of Python's lock and run in plain threads, as many as torch would use: a second OpenMP would fight
 torch's for the cores, and die in a forked child. They are compiled at first use, and kept on disk.
 """
 
-import ctypes
 import math
 import mmap
 import os
 import platform
+import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -43,7 +46,9 @@ from minilora.qlora.codebooks import NF4, Codebook, dynamic_map
 
 TABLES_AT_A_TIME = 64  # blocks whose 16 weights are rounded before any is looked up: 2 KiB, near the core
 WEIGHTS_A_THREAD = 2**18  # about 0.1 ms of work; to hand it to a thread takes 0.02 ms
-HUGE_PAGES_FROM = 2**25  # bytes; smaller memory is kept by malloc for the next tensor, larger comes anew every time
+SPARED_FROM = 2**25  # bytes; what is smaller is kept by malloc for the next tensor
+HUGE_PAGE = 2**21
+_spare: deque[mmap.mmap] = deque(maxlen=1)
 
 BYTES = ir.VectorType(ir.IntType(8), 16)
 LOOK_UP = {  # the instruction that finds sixteen bytes in a table of sixteen
@@ -151,18 +156,35 @@ def _bits(flat: Tensor) -> np.ndarray:
 
 
 def _empty(count: int, dtype: torch.dtype) -> Tensor:
-    """Make an empty tensor; a large one in huge pages, where the system has them.
+    """Make an empty tensor; a large one where the last large one was, once that is gone.
 
-    Memory new from the system is cleared page by page at first touch. In pages of 4 KiB that takes three times as
-    long as the kernel that fills it; in pages of 2 MiB, as long as the kernel.
+    The system clears new memory at first touch, 4 KiB at a time, and that takes three times as long as the kernel that
+    fills it. malloc gives memory of this size back at once; here one piece is kept for the next weight, in huge pages,
+    and marked as free: the system may take it when it needs memory.
     """
-    weights = torch.empty(count, dtype=dtype)
-    if weights.nbytes >= HUGE_PAGES_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
-        first_page = -(-weights.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        n_bytes = weights.data_ptr() + weights.nbytes - first_page
-        # A system without huge pages answers with an error code, and all is as before.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first_page), ctypes.c_size_t(n_bytes), mmap.MADV_HUGEPAGE)
-    return weights
+    n_bytes = count * dtype.itemsize
+    if n_bytes < SPARED_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=dtype)
+    try:
+        memory = _spare.pop()
+    except IndexError:
+        memory = None
+    if memory is None or len(memory) < n_bytes:
+        memory = mmap.mmap(-1, -(-n_bytes // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        _advise(memory, mmap.MADV_HUGEPAGE)
+    owner = memoryview(memory)  # lives as long as the tensor's storage
+    weakref.finalize(owner, _keep, memory).atexit = False
+    return torch.frombuffer(owner, dtype=dtype, count=count)
+
+
+def _keep(memory: mmap.mmap) -> None:
+    _advise(memory, mmap.MADV_FREE)
+    _spare.append(memory)
+
+
+def _advise(memory: mmap.mmap, advice: int) -> None:
+    with suppress(OSError):  # a system that does not know the advice does without
+        memory.madvise(advice)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

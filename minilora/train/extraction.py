@@ -19,7 +19,7 @@ import random
 from dataclasses import dataclass
 from datetime import date, timedelta
 
-INSTRUCTION = "Answer with the name, city, quantity and date (YYYY-MM-DD) of the sentence as JSON."
+INSTRUCTION = "Extract name, city, quantity and date (YYYY-MM-DD) as JSON."
 KEYS = ("name", "city", "quantity", "date")
 
 

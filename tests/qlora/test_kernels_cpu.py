@@ -83,15 +83,30 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, n_threads):
     assert same(values, blockwise.dequantize(ours, dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_large_enough_for_huge_pages_decodes_to_the_same_bits(dtype):
-    n_blocks = kernels_cpu.HUGE_PAGES_FROM // (64 * dtype.itemsize) + 1
+def large(dtype: torch.dtype) -> Quantized:
+    n_blocks = kernels_cpu.SPARED_FROM // (64 * dtype.itemsize) + 1
     packed = torch.randint(256, (32 * n_blocks,), dtype=torch.uint8)
-    quantized = Quantized(packed, torch.rand(n_blocks), NF4, 64, (n_blocks, 64))
-    values = kernels_cpu.dequantize(quantized, dtype)
+    return Quantized(packed, torch.rand(n_blocks), NF4, 64, (n_blocks, 64))
 
-    assert values.nbytes > kernels_cpu.HUGE_PAGES_FROM
-    assert same(values, blockwise.dequantize(quantized, dtype))
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_weight_decodes_to_the_same_bits_in_the_memory_of_the_one_before_it(dtype):
+    for quantized in (large(dtype), large(dtype)):
+        values = kernels_cpu.dequantize(quantized, dtype)
+        assert same(values, blockwise.dequantize(quantized, dtype))
+        del values
+
+
+def test_memory_is_used_again_only_when_no_view_of_it_is_left():
+    quantized = large(torch.bfloat16)
+    kept = kernels_cpu.dequantize(quantized, torch.bfloat16)[-3:]
+    before = kept.clone()
+    other = kernels_cpu.dequantize(large(torch.bfloat16), torch.bfloat16)
+    place = other.data_ptr()
+    del other
+
+    assert torch.equal(kept, before)
+    assert kernels_cpu.dequantize(quantized, torch.bfloat16).data_ptr() == place
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
