@@ -21,6 +21,11 @@ SHAPES_CHECKED = [
     "minilora.llm",
     "minilora.train",
 ]
+collect_ignore_glob = [
+    "conftest.py",
+    "*/conftest.py",
+]  # no doctests in them: several modules of one name cannot be imported
+
 install_import_hook(SHAPES_CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 

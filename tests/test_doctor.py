@@ -93,7 +93,7 @@ def test_a_damaged_base_model_is_a_finding(monkeypatch, tmp_path):
     smollm2.model_folder().mkdir()
     check = doctor.base_model_check()
     assert (check.mark, check.fact) == (NEEDED, "smollm2-135m is damaged")
-    assert "delete the folder" in check.remedy
+    assert "run `python -m minilora.llm.smollm2`" in check.remedy
 
 
 def test_a_verified_base_model_is_there(monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ in the file and the system pages them in; for another dtype one tensor after the
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -136,10 +137,14 @@ def _from_safetensors(files: Iterable[Path]) -> Weights:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
 
+    @lru_cache(maxsize=1)
+    def opened(path: Path, layer: str) -> safe_open:
+        """The file, opened anew for each layer: the pages of one converted to another dtype are given back then."""
+        return safe_open(path, framework="pt")
+
     def read(name: str) -> Tensor:
-        # Opened for each tensor: the pages of one that was converted to another dtype are given back at once.
-        with safe_open(home[name], framework="pt") as file:
-            return file.get_tensor(name)
+        layer = ".".join(name.split(".")[:3])  # such as model.layers.0
+        return opened(home[name], layer).get_tensor(name)
 
     return Weights(shapes, read)
 

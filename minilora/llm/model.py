@@ -219,7 +219,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        vectors = torch.empty(config.vocab_size, config.hidden_size)
+        if not vectors.is_meta:  # to draw random numbers that are none, torch would import its compiler: 2 s
+            nn.init.normal_(vectors, std=0.02)
+        self.embed_tokens = nn.Embedding.from_pretrained(vectors, freeze=False)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
