@@ -56,7 +56,7 @@ class Settings:
     method: str = "qlora"
     steps: int = 100
     r: int = 16
-    lr: float = 1e-3
+    lr: float = 2e-3
     seed: int = 0
     n_eval: int = 200
     perplexity_tokens: int = 4096

@@ -143,7 +143,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if numbers and operator == "*" and abs(left * right) >= 2**63:
             raise SecurityError("it multiplies to numbers above 2⁶³")
         for value in (left, right):
-            self.spend(len(value) if isinstance(value, str | list | tuple) else 1)
+            self.spend(len(value) if isinstance(value, str) else ITEM * _length(value))
         return super().call_binop(context, operator, left, right)
 
     def _paid(self, value: Any) -> Any:
@@ -216,6 +216,10 @@ def _size(value: Any, most: int) -> int:
             break
         size += _size(item, most - size)
     return size
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, list | tuple) else 1
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

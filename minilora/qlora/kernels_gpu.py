@@ -30,9 +30,8 @@ try:
 except ImportError:
     triton = None
 
-BYTES_A_PROGRAM = (
-    512  # of packed codes: 4 for each of 128 threads, so that a thread stores 16 bytes of bfloat16 at once
-)
+BYTES_A_PROGRAM = 512  # of packed codes: 4 a thread, which then stores its 16 bytes of bfloat16 at once
+COMPILE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # a unit is rounded before its offset is added
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,7 +62,7 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
             HALF=block_size // 2,
             BLOCKS=blocks_a_program,
             NESTED_BLOCK_SIZE=NESTED_BLOCK_SIZE,
-            enable_fp_fusion=False,  # the reference rounds the product before it adds the offset
+            **COMPILE_OPTIONS,
         )
     if rest:
         units = block_units(quantized)[n_blocks:]

@@ -91,8 +91,7 @@ def test_stopping_them_takes_little_memory():
         check=True,
     )
 
-    # The budget is 10 million characters of 4 bytes at most, and a few values of that size are alive at once.
-    assert float(run.stdout) < 4 * 40
+    assert float(run.stdout) < 4 * 10  # the budget is 10 million characters, of at most 4 bytes
 
 
 @pytest.mark.parametrize("source", FORBIDDEN)

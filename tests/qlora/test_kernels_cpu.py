@@ -83,30 +83,36 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, n_threads):
     assert same(values, blockwise.dequantize(ours, dtype))
 
 
-def large(dtype: torch.dtype) -> Quantized:
-    n_blocks = kernels_cpu.SPARED_FROM // (64 * dtype.itemsize) + 1
+def large(dtype: torch.dtype, times: int = 1) -> Quantized:
+    n_blocks = times * kernels_cpu.SPARED_FROM // (64 * dtype.itemsize) + 1
     packed = torch.randint(256, (32 * n_blocks,), dtype=torch.uint8)
     return Quantized(packed, torch.rand(n_blocks), NF4, 64, (n_blocks, 64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_large_weight_decodes_to_the_same_bits_in_the_memory_of_the_one_before_it(dtype):
-    for quantized in (large(dtype), large(dtype)):
+def test_a_large_weight_decodes_to_the_same_bits_after_a_smaller_and_after_a_larger_one(dtype):
+    for quantized in (large(dtype), large(dtype, times=2), large(dtype)):
         values = kernels_cpu.dequantize(quantized, dtype)
         assert same(values, blockwise.dequantize(quantized, dtype))
         del values
 
 
-def test_memory_is_used_again_only_when_no_view_of_it_is_left():
+def test_a_large_weight_takes_the_place_of_the_one_before_it():
     quantized = large(torch.bfloat16)
-    kept = kernels_cpu.dequantize(quantized, torch.bfloat16)[-3:]
-    before = kept.clone()
-    other = kernels_cpu.dequantize(large(torch.bfloat16), torch.bfloat16)
-    place = other.data_ptr()
-    del other
+    place = kernels_cpu.dequantize(quantized, torch.bfloat16).data_ptr()
+    # These would get that place from the system, had it been given back.
+    others = [torch.empty(kernels_cpu.SPARED_FROM, dtype=torch.uint8) for _ in range(8)]
 
-    assert torch.equal(kept, before)
+    assert place not in [other.data_ptr() for other in others]
     assert kernels_cpu.dequantize(quantized, torch.bfloat16).data_ptr() == place
+
+
+def test_a_place_is_not_taken_while_a_view_of_it_is_left():
+    view = kernels_cpu.dequantize(large(torch.bfloat16), torch.bfloat16)[-3:]
+    before = view.clone()
+    kernels_cpu.dequantize(large(torch.bfloat16), torch.bfloat16)
+
+    assert torch.equal(view, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -159,10 +165,13 @@ def test_a_transposed_weight_that_wants_a_gradient_is_read_in_its_order():
     assert same_parts(kernels_cpu.quantize(w), blockwise.quantize(w))
 
 
-def test_a_block_size_that_only_a_file_can_have_is_left_to_the_reference():
-    quantized = Quantized(torch.arange(30, dtype=torch.uint8), torch.rand(3), NF4, 20, (60,))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [15, 20])
+def test_a_block_size_that_only_a_file_can_have_is_left_to_the_reference(block_size, dtype):
+    packed = torch.randint(256, (30,), dtype=torch.uint8)
+    quantized = Quantized(packed, torch.rand(60 // block_size), NF4, block_size, (60,))
 
-    assert same(kernels_cpu.dequantize(quantized), blockwise.dequantize(quantized))
+    assert same(kernels_cpu.dequantize(quantized, dtype), blockwise.dequantize(quantized, dtype))
 
 
 # --- what is refused

@@ -30,7 +30,7 @@ except ImportError:
 EXACT_WHEN_INTERPRETED = [torch.float32, torch.float16, torch.float64]  # its bfloat16 is cut off, not rounded
 CARDS = {80: "A100", 90: "H100"}
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-N_THREADS = 128
+N_THREADS = 32 * kernels_gpu.COMPILE_OPTIONS["num_warps"]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def compile_for(capability: int, dtype: torch.dtype, *, double: bool, block_size
         (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
     }
     source = ASTSource(kernels_gpu._dequantize_blocks, signature, constants, aligned)
-    return triton.compile(source, GPUTarget("cuda", capability, 32), {"enable_fp_fusion": False, "num_warps": 4})
+    return triton.compile(source, GPUTarget("cuda", capability, 32), kernels_gpu.COMPILE_OPTIONS)
 
 
 def cuobjdump(option: str, cubin: bytes, folder: Path) -> str:
