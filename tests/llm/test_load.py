@@ -332,7 +332,8 @@ def test_loading_holds_the_weights_once(smollm2_135m, dtype):
 
 
 def test_loading_does_not_wait_for_torchs_compiler(smollm2_135m):
-    program = "import sys\nfrom minilora.llm import load_model\nload_model('smollm2-135m')\nprint('torch._dynamo' in sys.modules)"
+    program = "import sys\nfrom minilora.llm import load_model\nload_model('smollm2-135m')\n"
+    program += "print('torch._dynamo' in sys.modules)"
 
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
