@@ -15,7 +15,7 @@ NOTEBOOK_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0 MINILOR
 help:
 	@echo "make lab       JupyterLab on the course, with a real 135M-parameter model ready for it"
 	@echo "make test      lint, types, unit tests, doctests, notebooks, browser: at most 20 minutes on two cores"
-	@echo "make demo      fine-tune the model for two minutes and read the report: runs/demo/report.html"
+	@echo "make demo      fine-tune the model for a few minutes and read the report: runs/demo/report.html"
 	@echo "make bench     ours beside its peers, measured in one run"
 	@echo "make build     notebooks from lessons/ (those whose sources changed)"
 	@echo "make lint      ruff and mypy"

@@ -1,4 +1,4 @@
-"""`minilora demo`: teach a real 135M-parameter model a task in two minutes, and measure everything about it.
+"""`minilora demo`: teach a real 135M-parameter model a task in a few minutes, and measure everything about it.
 
     before     the published model answers unseen sentences
     training   LoRA on every linear layer; with QLoRA over weights rounded to 4 bits (NF4)

@@ -1,9 +1,12 @@
 """A real language model of the Llama family, to be fine-tuned. Knows nothing of LoRA.
 
-config      what a model is made of, in numbers       model        RMSNorm, RoPE, GQA, SwiGLU, KV cache
-load        name, folder or file → model, tokenizer   generation   logits → tokens: greedy, sampled, in batches
-tokenizer   text ↔ ids                                chat         somebody else's chat template, run safely
-smollm2     the model that comes with minilora        read_gguf    llama.cpp's files, read
+    config      what a model is made of, in numbers       model        RMSNorm, RoPE, GQA, SwiGLU, KV cache
+    load        name, folder or file → model, tokenizer   generation   logits → tokens: greedy, sampled, in batches
+    tokenizer   text ↔ ids                                chat         somebody else's chat template, run safely
+    smollm2     the model that comes with minilora        read_gguf    llama.cpp's files, read
+    sizes       parameters and bytes, without weights
+
+Read config, model and generation first; everything else brings them weights and words.
 """
 
 from importlib import import_module
