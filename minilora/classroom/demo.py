@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minilora.classroom.report import DemoResult, Perplexities, report_html
 from minilora.llm.load import load_model
@@ -157,15 +156,8 @@ def fine_tune(model: Decoder, samples: Sequence[Sample], tokenizer: Tokenizer, s
     batches = make_batches(samples, BATCH_SIZE, tokenizer.pad, settings.seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr, weight_decay=0.0)
     schedule = warmup_then_decay(len(batches), n_warmup=len(batches) // 10)
-    with progress_bar(len(batches)) as listener, attention_for_training():
+    with progress_bar(len(batches)) as listener:
         return train(model, batches, optimizer, schedule, listeners=[listener])
-
-
-@contextmanager
-def attention_for_training() -> Iterator[None]:
-    """Attention step by step: torch's fused one on a CPU takes three times as long backwards in bfloat16."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 def in_nf4(model: Decoder) -> Decoder:

@@ -9,7 +9,8 @@
 
 Every module has the name it has in a Hugging Face checkpoint and every projection is a plain `nn.Linear` that is only
 ever called, so any of them can be replaced by another module under the same name. `generation.py` makes tokens from
-logits, `load.py` brings weights.
+logits, `load.py` brings weights. Where gradients flow on a CPU, four operations run as their twins in `autograd.py`, which
+give the same numbers in fewer passes.
 """
 
 import hashlib
@@ -22,8 +23,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from minilora.llm import autograd
 from minilora.llm.config import ModelConfig
 
+SHORT_TOKENS = 512  # rows up to here are trained faster with attention step by step: benchmarks/attention.py
 Rotation = tuple[Float[Tensor, "rows seq half"], Float[Tensor, "rows seq half"]]  # cosines and sines of every position
 
 
@@ -49,6 +52,11 @@ class Origin:
         return digest.hexdigest()
 
 
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether gradients flow through x on a CPU: there autograd.py's operations are the faster ones."""
+    return x.requires_grad and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
 class RMSNorm(nn.Module):
     """Scale every vector to a root mean square of one, then each of its features by a learned weight.
 
@@ -63,6 +71,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n hidden"]:
+        if trains_on_cpu(x):
+            return autograd.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -86,6 +96,8 @@ def rotate(x: Float[Tensor, "batch n seq head_dim"], rotation: Rotation) -> Floa
     differ by a fixed permutation of the rows of q_proj and k_proj: `read_gguf.py` undoes it.
     """
     cos, sin = (table[:, None] for table in rotation)  # (rows, 1, seq, half): the same for every head
+    if trains_on_cpu(x):
+        return autograd.rotate(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -166,6 +178,8 @@ class Attention(nn.Module):
         v = self._split_heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (batch, kv_heads, total, head_dim)
+        if mask is None and cache is None and trains_on_cpu(q) and q.shape[2] <= SHORT_TOKENS:
+            return self.o_proj(autograd.causal_attention(q, k, v).transpose(1, 2).flatten(2))
         is_causal = mask is None and q.shape[2] > 1  # a single new token may look at everything
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -189,7 +203,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n hidden"]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(autograd.swiglu(gate, up) if trains_on_cpu(gate) else F.silu(gate) * up)
 
 
 class Layer(nn.Module):

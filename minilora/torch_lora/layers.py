@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minilora.torch_lora.autograd import lora_linear
 from minilora.torch_lora.config import LoRAConfig
 
 
@@ -196,7 +197,8 @@ class LoRALinear(LoRALayer):
 
         h = base(x) + scaling · (dropout(x) Aᵀ) Bᵀ             [LoRA] eq. 3
 
-    A and B are cast to x's dtype; what the base computes is never touched.
+    A and B are cast to x's dtype; what the base computes is never touched. Without dropout the sum and its backward are
+    one autograd function, autograd.lora_linear: the same numbers in fewer passes and less memory.
 
     >>> layer = LoRALinear(nn.Linear(24, 16), r=4, alpha=8)
     >>> [tuple(p.shape) for p in layer.parameters() if p.requires_grad]
@@ -208,7 +210,14 @@ class LoRALinear(LoRALayer):
     def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
         if self.is_merged:
             return self.base(x)
-        return self.base(x) + bypass(x, self.A, self.B, self.scaling, self.dropout, self.training)
+        drops = self.dropout > 0 and self.training
+        if drops or torch.is_autocast_enabled(x.device.type):
+            return self.base(x) + bypass(x, self.A, self.B, self.scaling, self.dropout, self.training)
+        return lora_linear(x, self.A, self.B, self.scaling, self.base, self._base_weight)
+
+    def _base_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        weight = dense_weight(self.base, dtype)
+        return weight.T if self.stores_in_by_out else weight
 
     @staticmethod
     def accepts(base: nn.Module) -> bool:

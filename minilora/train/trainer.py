@@ -3,7 +3,7 @@
 A listener is a function of a `Step`: a progress bar, a log, a checkpoint. It returns nothing and the loop knows nothing
 of it. The optimizer comes from the caller, who knows which parameters it holds and at what rates.
 
-Read before: torch_lora/layers, train/data.
+Read before: torch_lora/layers, train/data, train/loss.
 """
 
 import signal
@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from minilora.train.data import IGNORED, Batch
+from minilora.train.data import Batch
+from minilora.train.loss import loss_of
 
 
 @dataclass(frozen=True)
@@ -86,22 +85,6 @@ def train(
             if stop.is_set():
                 break
     return Training(steps, interrupted=len(steps) < len(batches))
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
-    """Cross-entropy in nats per token that carries loss, in float32.
-
-        loss = − mean over labelled i of log p(token[i] | token[0..i−1])
-
-    The vocabulary product is the widest of the model (49,152 columns for SmolLM2), so it is formed only at the
-    positions that carry loss: the hidden state at i − 1 predicts the token at i.
-    """
-    device = next(model.parameters()).device
-    targets = batch.labels[:, 1:].to(device)
-    labelled = targets != IGNORED
-    hidden = model.get_submodule("model")(batch.tokens.to(device))[:, :-1]  # (batch, seq - 1, hidden)
-    logits = model.get_submodule("lm_head")(hidden[labelled])  # (labelled, vocabulary)
-    return F.cross_entropy(logits.float(), targets[labelled])
 
 
 def warmup_then_decay(n_steps: int, n_warmup: int) -> Callable[[int], float]:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilora.train.data import IGNORED, collate, mask_prompt
-from minilora.train.trainer import Step, Training, loss_of, progress_bar, train, warmup_then_decay
+from minilora.train.data import collate, mask_prompt
+from minilora.train.loss import loss_of
+from minilora.train.trainer import Step, Training, progress_bar, train, warmup_then_decay
 
 
 class TinyModel(nn.Module):
@@ -24,26 +25,6 @@ class TinyModel(nn.Module):
 @pytest.fixture
 def batch():
     return collate([mask_prompt([1, 2], [3, 4, 5], eos=0), mask_prompt([6], [7], eos=0)], pad=0)
-
-
-def test_the_loss_is_the_one_over_all_positions_with_the_mask(batch):
-    model = TinyModel().eval()
-    logits = model.lm_head(model.model(batch.tokens))[:, :-1]
-    everywhere = F.cross_entropy(logits.transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORED)
-
-    torch.testing.assert_close(loss_of(model, batch), everywhere, rtol=1e-6, atol=0)
-
-
-def test_the_loss_is_float32_over_a_bfloat16_model(batch):
-    assert loss_of(TinyModel().bfloat16(), batch).dtype == torch.float32
-
-
-def test_what_carries_no_loss_gets_no_logits(batch):
-    model, seen = TinyModel(), []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    loss_of(model, batch)
-
-    assert seen == [((batch.labels[:, 1:] != IGNORED).sum(), 12)]
 
 
 def test_the_loop_is_adamw_with_clipped_gradients(batch):

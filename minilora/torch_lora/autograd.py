@@ -1,0 +1,64 @@
+"""The LoRA layer's forward and backward as one autograd function: what layers.bypass says, in fewer passes.
+
+    x, dx    (*n, in)        A    (r, in)        u, du    (*n, r)
+    y, dy    (*n, out)       B    (out, r)       W        (out, in), frozen
+
+    forward     u  = scaling · x Aᵀ        y  = base(x) + u Bᵀ                      [LoRA] eq. 3
+    backward    du = scaling · dy B        dx = dy W + du A        dA = duᵀ x        dB = dyᵀ u
+
+The second product is added into what the base returned, where autograd's own steps write it, scale it and add it: three
+passes over *n × out numbers. Nothing of that size is saved: x, which the layer's input holds anyway, and u. A base that
+keeps its weight in 4 bits turns it into floats once in each direction and drops it.
+
+Read before this file: numpy_lora/forward, where the backward is derived by hand.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def lora_linear(
+    x: Float[Tensor, "*n in"],
+    A: Float[Tensor, "r in"],
+    B: Float[Tensor, "out r"],
+    scaling: float,
+    base: Callable[[Tensor], Tensor],
+    dense_weight: Callable[[torch.dtype], Tensor],
+) -> Float[Tensor, "*n out"]:
+    """base(x) + scaling · (x Aᵀ) Bᵀ, with gradients to x, A and B.
+
+    `base` is called once, in the forward, without gradients; `dense_weight(dtype)`, its weight as (out, in), is asked for
+    in the backward, and only if x wants a gradient. Gradients of gradients raise a RuntimeError.
+    """
+    return _LoRALinear.apply(x, A, B, scaling, base, dense_weight)
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Any, dense_weight: Any) -> Tensor:
+        u = scaling * (_rows(x) @ A.to(x.dtype).T)
+        y = base(x)
+        y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T)
+        ctx.save_for_backward(x, u, A, B)
+        ctx.scaling, ctx.dense_weight = scaling, dense_weight
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        x, u, A, B = ctx.saved_tensors
+        dy = _rows(dy)
+        du = ctx.scaling * (dy @ B.to(dy.dtype))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ ctx.dense_weight(dy.dtype)).addmm_(du, A.to(dy.dtype)).view(x.shape)
+        return dx, (du.T @ _rows(x)).to(A.dtype), (dy.T @ u).to(B.dtype), None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

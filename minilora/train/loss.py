@@ -1,0 +1,98 @@
+"""Cross-entropy that never holds the logits of all tokens at once.
+
+    n         tokens that carry loss       vocab    49,152 for SmolLM2
+    hidden    (n, hidden)                  W        (vocab, hidden), the head's weight
+
+    loss  = − mean over i of log p(target[i]),     p = softmax(hidden Wᵀ)
+    dloss/dhidden = (p − one-hot(target)) W / n        dloss/dW = (p − one-hot(target))ᵀ hidden / n
+
+Written plainly, the logits, their float32 copy, its softmax and its gradient are alive together: 14 bytes · n · vocab in
+bfloat16, 0.7 GiB for 1,024 tokens, more than all weights of the model. Here a chunk of tokens goes through at a time, and
+its gradient is formed at once, while its probabilities are still there; what is kept is as large as `hidden`.
+
+Read before: train/data. Read next: train/trainer.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from minilora.train.data import IGNORED, Batch
+
+CHUNK_TOKENS = 128  # 25 MB of float32 logits for SmolLM2; twice as many is no faster
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+    """Cross-entropy in nats per token that carries loss, in float32 or wider.
+
+        loss = − mean over labelled i of log p(token[i] | token[0..i−1])
+
+    The vocabulary product is the widest of the model, so it is formed only at the positions that carry loss: the hidden
+    state at i − 1 predicts the token at i.
+    """
+    device = next(model.parameters()).device
+    targets = batch.labels[:, 1:].to(device)
+    labelled = targets != IGNORED
+    hidden = model.get_submodule("model")(batch.tokens.to(device))[:, :-1]  # (batch, seq - 1, hidden)
+    hidden, targets, head = hidden[labelled], targets[labelled], model.get_submodule("lm_head")
+    if type(head) is nn.Linear and head.bias is None:
+        return chunked_cross_entropy(hidden, head.weight, targets)
+    logits = head(hidden)  # the head has an adapter, or a bias
+    return F.cross_entropy(logits.to(_wide(logits.dtype)), targets)
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "n hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    targets: Int[Tensor, "n"],
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Float[Tensor, ""]:
+    """F.cross_entropy((hidden @ weight.T).float(), targets), with gradients to hidden and weight, chunk by chunk.
+
+    Gradients of gradients raise a RuntimeError.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+        wide = _wide(hidden.dtype)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        dhidden = torch.empty_like(hidden) if wants_hidden else None
+        dweight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        for start in range(0, len(targets), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            log_p = F.log_softmax(hidden[chunk] @ weight.T, dim=-1, dtype=wide)
+            at_target = torch.arange(len(log_p), device=hidden.device), targets[chunk]
+            loss -= log_p[at_target].sum()
+            if dhidden is None and dweight is None:
+                continue
+            dlogits = log_p.exp_()
+            dlogits[at_target] -= 1
+            dlogits = dlogits.to(hidden.dtype)
+            if dhidden is not None:
+                dhidden[chunk] = dlogits @ weight
+            if dweight is not None:
+                dweight += dlogits.T @ hidden[chunk]
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.n, ctx.dtypes = len(targets), (hidden.dtype, weight.dtype)
+        return loss / len(targets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        grads = [
+            None if grad is None else (grad * (dloss / ctx.n)).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return grads[0], grads[1], None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,139 @@
+"""The decoder's operations with a backward by hand against their plain twins: values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minilora.llm import Decoder, autograd, model
+from tiny_decoder import tiny_config
+
+SHAPES = [(1, 8), (5, 8), (2, 3, 8), (2, 1, 3, 8)]
+
+
+def gradients(function, *inputs):
+    """The value of a function and the gradients to its inputs, every output weighed differently."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))
+    return [y.detach(), *(x.grad for x in inputs)]
+
+
+def assert_equal(ours, plain, *inputs):
+    for mine, theirs in zip(gradients(ours, *inputs), gradients(plain, *inputs), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def random(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm(shape):
+    assert_equal(
+        lambda x, weight: autograd.rms_norm(x, weight, 1e-5),
+        lambda x, weight: F.rms_norm(x, (8,), weight, 1e-5),
+        random(*shape),
+        random(8),
+    )
+
+
+def test_rms_norm_of_zeros_is_zero():
+    y, dx, _ = gradients(lambda x, weight: autograd.rms_norm(x, weight, 1e-5), torch.zeros(2, 8), torch.ones(8))
+
+    assert not y.any()
+    assert dx.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swiglu(shape):
+    assert_equal(autograd.swiglu, lambda gate, up: F.silu(gate) * up, random(*shape), random(*shape))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rotate(rows):
+    angles = random(rows, 1, 5, 3)
+    with torch.no_grad():
+        x = random(2, 4, 5, 6)
+        plain = model.rotate(x, (angles[:, 0].cos(), angles[:, 0].sin()))  # no gradient: the plain lines
+    y, dx = gradients(lambda x: autograd.rotate(x, angles.cos(), angles.sin()), x)
+
+    torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    turned_back = model.rotate(weights, (angles[:, 0].cos(), -angles[:, 0].sin()))
+    torch.testing.assert_close(dx, turned_back, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: autograd.rotate(x, angles.cos(), angles.sin()), x.requires_grad_())
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("seq", [1, 2, 9])
+def test_causal_attention(heads, seq):
+    n_heads, kv_heads = heads
+    assert_equal(
+        autograd.causal_attention,
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        random(2, n_heads, seq, 4),
+        random(2, kv_heads, seq, 4),
+        random(2, kv_heads, seq, 4),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes_come_back_as_they_went_in(dtype):
+    x, weight = torch.randn(2, 3, 8, dtype=dtype), torch.randn(8, dtype=dtype)
+    for results in (
+        gradients(lambda x, w: autograd.rms_norm(x, w, 1e-5), x, weight),
+        gradients(autograd.swiglu, x, x),
+        gradients(lambda x: autograd.rotate(x[:, None], torch.ones(1, 1, 3, 4, dtype=dtype), x[:1, None, :, :4]), x),
+        gradients(autograd.causal_attention, x[:, None], x[:, None], x[:, None]),
+    ):
+        assert {result.dtype for result in results} == {dtype}
+
+
+def test_bfloat16_rounds_as_often_as_the_plain_twins_do():
+    """Both against float64: by hand no further away than torch's own steps, but for a tenth."""
+    torch.manual_seed(0)
+    x, y, weight = torch.randn(64, 96), torch.randn(64, 96), torch.randn(96)
+    for ours, plain, inputs in (
+        (lambda x, w: autograd.rms_norm(x, w, 1e-5), lambda x, w: F.rms_norm(x, (96,), w, 1e-5), (x, weight)),
+        (autograd.swiglu, lambda gate, up: F.silu(gate) * up, (x, y)),
+    ):
+        rounded = [value.bfloat16() for value in inputs]
+        exact = gradients(plain, *(value.double() for value in rounded))
+        for mine, theirs, right in zip(gradients(ours, *rounded), gradients(plain, *rounded), exact, strict=True):
+            assert (mine - right).norm() <= 1.1 * (theirs - right).norm()
+
+
+def test_the_decoder_uses_them_where_gradients_flow_and_gives_the_same():
+    torch.manual_seed(0)
+    decoder = Decoder(tiny_config()).double()
+    tokens = torch.randint(0, decoder.config.vocab_size, (2, 7))
+    with torch.no_grad():
+        plain = decoder(tokens)
+    names = set()
+    pending = [decoder(tokens).grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in names:
+            names.add(node)
+            pending += [parent for parent, _ in node.next_functions]
+    kinds = {type(node).__name__ for node in names}
+
+    assert {"_RMSNormBackward", "_RotateBackward", "_SwiGLUBackward"} <= kinds
+    assert not any("ScaledDotProduct" in kind for kind in kinds)
+    torch.testing.assert_close(decoder(tokens), plain, rtol=1e-12, atol=1e-12)
+
+
+def test_every_gradient_of_the_decoder_is_that_of_the_plain_lines(monkeypatch):
+    torch.manual_seed(0)
+    decoder = Decoder(tiny_config()).double()
+    tokens = torch.randint(0, decoder.config.vocab_size, (2, 7))
+
+    def all_gradients():
+        decoder.zero_grad()
+        decoder(tokens).square().sum().backward()
+        return {name: p.grad.clone() for name, p in decoder.named_parameters()}
+
+    by_hand = all_gradients()
+    monkeypatch.setattr(model, "trains_on_cpu", lambda x: False)
+    for name, gradient in all_gradients().items():
+        torch.testing.assert_close(by_hand[name], gradient, rtol=1e-11, atol=1e-12, msg=name)

@@ -1,0 +1,136 @@
+"""The loss in chunks against torch's over all logits: values, gradients, and how much is ever formed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minilora.torch_lora import LoRALinear
+from minilora.train.data import IGNORED, collate, mask_prompt
+from minilora.train.loss import chunked_cross_entropy, loss_of
+
+
+class TinyModel(nn.Module):
+    """A language model without memory, shaped as `loss_of` wants it: `.model` and `.lm_head`."""
+
+    def __init__(self, vocab=12):
+        super().__init__()
+        self.model = nn.Embedding(vocab, 16)
+        self.lm_head = nn.Linear(16, vocab, bias=False)
+
+
+class Shapes(TorchDispatchMode):
+    """The shape of every tensor that torch makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.seen.append(tuple(result.shape))
+        return result
+
+
+@pytest.fixture
+def batch():
+    return collate([mask_prompt([1, 2], [3, 4, 5], eos=0), mask_prompt([6], [7], eos=0)], pad=0)
+
+
+def plain(hidden, weight, targets):
+    logits = hidden @ weight.T
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+
+def value_and_gradients(function, hidden, weight, targets, *rest):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = function(hidden, weight, targets, *rest)
+    (3 * loss).backward()  # a loss that is scaled, as under accumulation
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("n", [1, 6, 7, 8, 21])
+def test_chunks_give_the_whole(n):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(n, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
+    targets = torch.randint(0, 11, (n,))
+    ours = value_and_gradients(chunked_cross_entropy, hidden, weight, targets, 7)
+
+    for mine, theirs in zip(ours, value_and_gradients(plain, hidden, weight, targets), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_bfloat16_is_no_further_from_the_truth_than_torch():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 32).bfloat16(), torch.randn(200, 32).bfloat16()
+    targets = torch.randint(0, 200, (40,))
+    exact = value_and_gradients(plain, hidden.double(), weight.double(), targets)
+    ours = value_and_gradients(chunked_cross_entropy, hidden, weight, targets, 16)
+    theirs = value_and_gradients(plain, hidden, weight, targets)
+
+    assert [grad.dtype for grad in ours] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    for mine, peer, right in zip(ours, theirs, exact, strict=True):
+        assert (mine - right).norm() <= 1.1 * (peer - right).norm()
+
+
+def test_no_tensor_is_tokens_by_vocabulary():
+    hidden, weight = torch.randn(40, 8, requires_grad=True), torch.randn(300, 8)
+    with Shapes() as shapes:
+        chunked_cross_entropy(hidden, weight, torch.zeros(40, dtype=torch.long), 16).backward()
+    with Shapes() as plain_shapes:
+        plain(hidden, weight, torch.zeros(40, dtype=torch.long)).backward()
+
+    rows = [shape[0] for shape in shapes.seen if shape[-1:] == (300,)]
+    assert max(rows) == 16
+    assert (40, 300) in plain_shapes.seen
+
+
+def test_a_frozen_head_gets_no_gradient_and_none_is_formed():
+    hidden, weight = torch.randn(40, 8, requires_grad=True), torch.randn(300, 8)
+    with Shapes() as shapes:
+        chunked_cross_entropy(hidden, weight, torch.zeros(40, dtype=torch.long), 16).backward()
+
+    assert (300, 8) not in shapes.seen
+
+
+def test_without_gradients_the_loss_alone_is_formed():
+    hidden, weight = torch.randn(4, 8), torch.randn(30, 8)
+    with Shapes() as shapes:
+        loss = chunked_cross_entropy(hidden, weight, torch.zeros(4, dtype=torch.long))
+
+    assert not loss.requires_grad
+    assert (4, 8) not in shapes.seen
+
+
+def test_the_loss_is_the_one_over_all_positions_with_the_mask(batch):
+    model = TinyModel()
+    logits = model.lm_head(model.model(batch.tokens))[:, :-1]
+    everywhere = F.cross_entropy(logits.transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORED)
+
+    torch.testing.assert_close(loss_of(model, batch), everywhere, rtol=1e-6, atol=0)
+
+
+def test_the_loss_is_float32_over_a_bfloat16_model(batch):
+    assert loss_of(TinyModel().bfloat16(), batch).dtype == torch.float32
+
+
+def test_what_carries_no_loss_gets_no_logits(batch):
+    model = TinyModel(vocab=50)
+    with Shapes() as shapes:
+        loss_of(model, batch)
+
+    n_labelled = int((batch.labels[:, 1:] != IGNORED).sum())
+    assert {shape for shape in shapes.seen if shape[-1:] == (50,) and len(shape) == 2} == {(n_labelled, 50)}
+
+
+@pytest.mark.parametrize("head", [nn.Linear(16, 12), LoRALinear(nn.Linear(16, 12, bias=False), r=2, alpha=4)])
+def test_a_head_with_a_bias_or_an_adapter_is_called(batch, head):
+    model, called = TinyModel(), []
+    model.lm_head = head
+    head.register_forward_hook(lambda *_: called.append(True))
+    loss_of(model, batch).backward()
+
+    assert called == [True]
+    assert all(p.grad is not None for p in head.parameters() if p.requires_grad)
