@@ -32,7 +32,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
         loss = − mean over labelled i of log p(token[i] | token[0..i−1])
 
     The vocabulary product is the widest of the model, so it is formed only at the positions that carry loss: the hidden
-    state at i − 1 predicts the token at i.
+    state at i − 1 predicts the token at i. Of a plain linear head the weight alone is used; its hooks do not run.
     """
     device = next(model.parameters()).device
     targets = batch.labels[:, 1:].to(device)

@@ -113,7 +113,7 @@ def test_ctrl_c_in_the_middle_of_a_step_does_not_tear_it(batch):
     ours, reference = TinyModel(), TinyModel()
     reference.load_state_dict(ours.state_dict())
     ours.model[1].p = reference.model[1].p = 0.0
-    ours.lm_head.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+    ours.model.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
     assert len(train(ours, [batch] * 10, torch.optim.AdamW(ours.parameters())).steps) == 1
 
     train(reference, [batch], torch.optim.AdamW(reference.parameters()))
