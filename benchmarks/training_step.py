@@ -5,13 +5,14 @@
     python benchmarks/training_step.py --batch 1 --tokens 2048  another shape
     python benchmarks/training_step.py --json FILE              the same numbers as JSON
 
-The work: SmolLM2-135M, r 16 on all linear layers (4,884,480 trainable), 4 rows of 256 tokens that all carry loss; forward,
-backward, one step of torch's AdamW. Same base weights, same tokens; before anything is timed, both must count the same
-parameters and find the same loss.
+The work: SmolLM2-135M, r 16 on all linear layers (4,884,480 trainable), 4 rows of 256 tokens that all carry loss;
+forward, backward, one step of torch's AdamW. Same base weights, same tokens; both must count the same parameters and
+find the same loss, or nothing is printed.
 
-Every measurement is a process of its own. A time is the median of its steps after the first. Peak memory is the process's
-peak resident set after the model is loaded (VmHWM, reset through /proc/self/clear_refs); the peak of its whole life stands
-beside it. A ratio is ours / theirs within one round: the median of the rounds is given, the least and the largest.
+Every measurement is a process of its own. A time is the median of its steps after the first. Peak memory is the
+process's peak resident set after the model is loaded (VmHWM, reset through /proc/self/clear_refs); the peak of its whole
+life stands beside it. A ratio is ours / theirs within one round: the median of the rounds is given, the least and the
+largest.
 """
 
 import argparse

@@ -31,7 +31,9 @@ import numpy as np
 
 from minilora.classroom.costs import BypassCost, human_bytes
 from minilora.classroom.evidence import claim, expect_bug
-from minilora.classroom.exercises import check, examine, find_exercise, lesson_module, overview, predict, settle
+from minilora.classroom.bets import predict, settle
+from minilora.classroom.exercises import check, examine, find_exercise, overview
+from minilora.classroom.lessons import lesson_module
 from minilora.classroom.explorer import explorer, show
 from minilora.classroom.instrumented import watch
 from minilora.classroom.plots import first_step, highway, recovery, symptoms

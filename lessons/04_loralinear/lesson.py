@@ -37,8 +37,9 @@ from torch.autograd import gradcheck
 
 from minilora.classroom.costs import human_bytes
 from minilora.classroom.evidence import claim, expect_bug
-from minilora.classroom.exercises import check, examine, find_exercise, is_stub, lesson_module
-from minilora.classroom.exercises import overview, predict, settle
+from minilora.classroom.bets import predict, settle
+from minilora.classroom.exercises import check, examine, find_exercise, is_stub, overview
+from minilora.classroom.lessons import lesson_module
 from minilora.classroom.explorer import explorer, show
 from minilora.classroom.parameter_tree import EVERYTHING, parameter_tree as tree_of
 from minilora.classroom.plots import parameter_tree, patients, spectra, starts

@@ -35,7 +35,9 @@ import torch
 from torch import nn
 
 from minilora.classroom.evidence import claim, expect_bug
-from minilora.classroom.exercises import check, examine, find_exercise, lesson_module, overview, predict, settle
+from minilora.classroom.bets import predict, settle
+from minilora.classroom.exercises import check, examine, find_exercise, overview
+from minilora.classroom.lessons import lesson_module
 from minilora.classroom.explorer import explorer, show
 from minilora.classroom.merging import ANY_INPUT, FORMATS, OWN_INPUT, RATIOS, drift, merge_as, merge_errors
 from minilora.classroom.merging import random_layer, share_that_moves, to_bfloat16

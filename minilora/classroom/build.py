@@ -32,7 +32,7 @@ try:
 except ImportError as error:
     raise ImportError("building notebooks needs the course's packages: pip install 'minilora[course]'") from error
 
-from minilora.classroom.exercises import lessons_folder
+from minilora.classroom.lessons import lessons_folder
 
 Notebook = nbformat.NotebookNode
 

@@ -5,25 +5,19 @@ fingerprint: an answer that equals a catalogued bug's on every input carries tha
 must be generic (in ≠ out, r ≠ alpha, B ≠ 0): with r = alpha a forgotten alpha / r cannot be seen.
 
 The exercises of lesson 03 are the list `EXERCISES` in `lessons/03_…/exercises.py`; `lessons/README.md` says how one is
-written. The folder `lessons` is the one that `MINILORA_LESSONS` names, or above the working directory, or beside us.
+written; `lessons.py` finds them.
 """
 
 import copy
 import dis
-import functools
-import importlib.util
-import os
-import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 
+from minilora.classroom.lessons import lesson_module
 from minilora.classroom.progress import is_strict, read_progress, record
 
 Case = dict[str, Any]  # one set of inputs, by parameter name in the order of the function's parameters
@@ -392,7 +386,7 @@ def _message(result: Result) -> str:
     return "\n".join([f"✗  {head}: not yet", *lines, *told, "   The lesson goes on with the reference."])
 
 
-# ------------------------------------------------------------------------------------------------------ hints and bets
+# --------------------------------------------------------------------------------------------------------------- hints
 
 
 def hint(exercise_id: str) -> None:
@@ -409,46 +403,6 @@ def hint(exercise_id: str) -> None:
 
 
 _hints_taken: dict[str, int] = {}
-_bets: dict[str, Any] = {}
-
-
-def predict(name: str, question: str, *, choices: Sequence[str] = (), bet: str | float | None = None) -> None:
-    """Ask for a bet before any number is on the page. Skipping it (`bet=None`) costs nothing.
-
-    Raises:
-        ValueError: if the bet is not among the choices.
-    """
-    if choices and bet is not None and bet not in choices:
-        raise ValueError(f"cannot bet {bet!r} on {name}: the choices are {list(choices)}")
-    _bets[name] = bet
-    if bet is not None:
-        record("bets", name, bet=bet)
-    among = "  Choices: " + " · ".join(choices) if choices else "  A number."
-    placed = f"Your bet: {bet}" if bet is not None else "No bet yet: write it as bet=… above and run the cell again."
-    print(textwrap.fill(f"Bet “{name}”: {question}", width=100, subsequent_indent="  "))
-    print(f"{among}\n  {placed}")
-
-
-def settle(name: str, measured: str | float) -> None:
-    """Print the bet beside what was measured.
-
-    Raises:
-        KeyError: if nothing was asked under that name (names what was).
-    """
-    if name not in _bets:
-        raise KeyError(f"no bet is called {name!r}; the bets of this lesson are {sorted(_bets)}")
-    bet = _bets[name]
-    shown = f"{measured:,.6g}" if isinstance(measured, (int, float)) else measured
-    if bet is None:
-        print(f"Bet “{name}”: measured {shown}; no bet was placed.")
-        return
-    record("bets", name, bet=bet, measured=measured)
-    if isinstance(measured, (int, float)) and isinstance(bet, (int, float)) and bet and measured:
-        factor = max(abs(bet / measured), abs(measured / bet))
-        verdict = "right" if factor < 1.1 else "close" if factor < 2 else f"off by a factor of {factor:,.3g}"
-    else:
-        verdict = "right" if bet == measured else "surprised?"
-    print(f"Bet “{name}”: you said {bet}, measured {shown}: {verdict}")
 
 
 def completed() -> dict[str, str]:
@@ -469,24 +423,6 @@ def overview(lesson: str) -> None:
 # ------------------------------------------------------------------------------------------------- finding an exercise
 
 
-def lessons_folder() -> Path:
-    """The folder of the lessons' sources: `MINILORA_LESSONS`, or above the working directory, or beside the package.
-
-    Raises:
-        FileNotFoundError: if there is none (says how to name it).
-    """
-    named = os.environ.get("MINILORA_LESSONS")
-    here, package = Path.cwd(), Path(__file__).resolve()
-    places = [Path(named)] if named else [above / "lessons" for above in (here, *here.parents, *package.parents)]
-    for place in places:
-        if any(place.glob("[0-9][0-9]_*/exercises.py")):
-            return place
-    raise FileNotFoundError(
-        f"found no folder of lessons in {[str(place) for place in places[:1]]} or above: start the notebook inside a "
-        "checkout of minilora, or set MINILORA_LESSONS to its folder lessons"
-    )
-
-
 def find_exercise(exercise_id: str) -> Exercise:
     """The exercise with this id, such as "03.1" (lesson 03, exercise 1).
 
@@ -499,27 +435,3 @@ def find_exercise(exercise_id: str) -> Exercise:
         if exercise.id == exercise_id:
             return exercise
     raise KeyError(f"lesson {lesson} has no exercise {exercise_id!r}; it has {[each.id for each in exercises]}")
-
-
-def lesson_module(lesson: str) -> ModuleType:
-    """The exercises.py of a lesson such as "03": its list `EXERCISES`, and what else the lesson keeps there.
-
-    Raises:
-        KeyError: if no such lesson has one (names those that do).
-    """
-    files = sorted(lessons_folder().glob("[0-9][0-9]_*/exercises.py"))
-    for path in files:
-        if path.parent.name.startswith(f"{lesson}_"):
-            return _load(path)
-    raise KeyError(f"no lesson {lesson!r} has exercises; the lessons are {[path.parent.name for path in files]}")
-
-
-@functools.cache
-def _load(path: Path) -> ModuleType:
-    name = f"minilora_lesson_{path.parent.name[:2]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles look their module up there
-    spec.loader.exec_module(module)
-    return module

@@ -1,8 +1,9 @@
-"""Four operations of the decoder with their backward by hand: for training on a CPU, where each pass over memory counts.
+"""Four operations of the decoder as training on a CPU wants them, where each pass over memory counts.
 
-torch's own backward of RMSNorm, rotation and SwiGLU takes a pass, and often a saved copy, for every arithmetic step; on
-CUDA it has fused kernels for them, so there the plain lines of model.py run. Each function here gives what its plain twin
-there gives, gradients included. Gradients of gradients raise a RuntimeError.
+torch's own backward of RMSNorm, rotation and SwiGLU takes a pass, and often a saved copy, for every arithmetic step. Here
+each is one autograd function with its backward by hand; attention is written out, because torch's fused one is slow
+backwards on short rows. Each gives what its plain twin in model.py gives, gradients included; on CUDA, where a small
+operation costs little beside a product, the plain lines run. Gradients of gradients raise a RuntimeError.
 
 Read before this file: llm/model.
 """
@@ -47,7 +48,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rotate(
-    x: Float[Tensor, "batch n seq head_dim"], cos: Float[Tensor, "rows 1 seq half"], sin: Float[Tensor, "rows 1 seq half"]
+    x: Float[Tensor, "batch n seq head_dim"],
+    cos: Float[Tensor, "rows 1 seq half"],
+    sin: Float[Tensor, "rows 1 seq half"],
 ) -> Float[Tensor, "batch n seq head_dim"]:
     """Turn each pair of features (i, i + half) by an angle; the gradient is turned back by the same angle."""
     return _Rotate.apply(x, cos, sin)

@@ -32,8 +32,8 @@ def lora_linear(
 ) -> Float[Tensor, "*n out"]:
     """base(x) + scaling · (x Aᵀ) Bᵀ, with gradients to x, A and B.
 
-    `base` is called once, in the forward, without gradients; `dense_weight(dtype)`, its weight as (out, in), is asked for
-    in the backward, and only if x wants a gradient. Gradients of gradients raise a RuntimeError.
+    `base` is called once, in the forward, without gradients; `dense_weight(dtype)`, its weight as (out, in), is asked
+    for in the backward, and only if x wants a gradient. Gradients of gradients raise a RuntimeError.
     """
     return _LoRALinear.apply(x, A, B, scaling, base, dense_weight)
 

@@ -26,7 +26,8 @@ LESSON = """# %% [markdown]
 
 # %%
 import os
-from minilora.classroom.exercises import check, predict, settle
+from minilora.classroom.bets import predict, settle
+from minilora.classroom.exercises import check
 predict("sum", "1 + 1?")
 
 # %% [markdown] tags=["solution"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minilora.classroom import exercises
+from minilora.classroom.bets import predict, settle
 from minilora.classroom.exercises import (
     Bug,
     CheckFailed,
@@ -20,11 +21,9 @@ from minilora.classroom.exercises import (
     examine,
     find_exercise,
     hint,
-    lesson_module,
     overview,
-    predict,
-    settle,
 )
+from minilora.classroom.lessons import lesson_module
 
 
 def line(x: np.ndarray, slope: float) -> np.ndarray:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from minilora.classroom.exercises import examine, lesson_module
+from minilora.classroom.exercises import examine
+from minilora.classroom.lessons import lesson_module
 from minilora.torch_lora import LoRALinear
 from minilora.torch_lora.inject import freeze_all_but_adapters
 

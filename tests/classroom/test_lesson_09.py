@@ -5,7 +5,8 @@ import contextlib
 import numpy as np
 import torch
 
-from minilora.classroom.exercises import examine, lesson_module
+from minilora.classroom.exercises import examine
+from minilora.classroom.lessons import lesson_module
 
 MERGE, EQUIVALENT, FOLD = lesson_module("09").EXERCISES
 

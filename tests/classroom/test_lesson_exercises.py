@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilora.classroom.exercises import Exercise, examine, lesson_module, lessons_folder
+from minilora.classroom.exercises import Exercise, examine
+from minilora.classroom.lessons import lesson_module, lessons_folder
 
 LESSONS = sorted(path.parent.name for path in lessons_folder().glob("[0-9][0-9]_*/exercises.py"))
 EXERCISES = [exercise for lesson in LESSONS for exercise in lesson_module(lesson[:2]).EXERCISES]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_decoder import tiny_config
 
 from minilora.llm import Decoder, autograd, model
-from tiny_decoder import tiny_config
 
 SHAPES = [(1, 8), (5, 8), (2, 3, 8), (2, 1, 3, 8)]
 

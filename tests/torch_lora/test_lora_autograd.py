@@ -65,8 +65,8 @@ def test_gradcheck():
 
 
 def test_bfloat16_stays_within_its_rounding():
-    """Against float64 over the same bfloat16 numbers. Each of the result's few roundings (u, the sum, the result) moves it
-    by at most 2⁻⁹ of the terms that are summed; products are exact in float32, where they are added up."""
+    """Against float64 over the same bfloat16 numbers. Each of the result's few roundings (u, the sum, the result) moves
+    it by at most 2⁻⁹ of the terms that are summed; products are exact in float32, where they are added up."""
     torch.manual_seed(0)
     layer = adapted(LoRALinear, nn.Linear(96, 64, bias=False), torch.bfloat16, r=8, alpha=11)
     x = torch.randn(50, 96).bfloat16()

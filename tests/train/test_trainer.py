@@ -5,7 +5,6 @@ import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from minilora.train.data import collate, mask_prompt

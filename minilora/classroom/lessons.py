@@ -1,0 +1,53 @@
+"""Where the lessons are: the folder of their sources, and the exercises.py of each.
+
+The folder is the one that `MINILORA_LESSONS` names, or `lessons` above the working directory, or beside the package.
+"""
+
+import functools
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+
+def lessons_folder() -> Path:
+    """The folder of the lessons' sources: `MINILORA_LESSONS`, or above the working directory, or beside the package.
+
+    Raises:
+        FileNotFoundError: if there is none (says how to name it).
+    """
+    named = os.environ.get("MINILORA_LESSONS")
+    here, package = Path.cwd(), Path(__file__).resolve()
+    places = [Path(named)] if named else [above / "lessons" for above in (here, *here.parents, *package.parents)]
+    for place in places:
+        if any(place.glob("[0-9][0-9]_*/exercises.py")):
+            return place
+    raise FileNotFoundError(
+        f"found no folder of lessons in {[str(place) for place in places[:1]]} or above: start the notebook inside a "
+        "checkout of minilora, or set MINILORA_LESSONS to its folder lessons"
+    )
+
+
+def lesson_module(lesson: str) -> ModuleType:
+    """The exercises.py of a lesson such as "03": its list `EXERCISES`, and what else the lesson keeps there.
+
+    Raises:
+        KeyError: if no such lesson has one (names those that do).
+    """
+    files = sorted(lessons_folder().glob("[0-9][0-9]_*/exercises.py"))
+    for path in files:
+        if path.parent.name.startswith(f"{lesson}_"):
+            return _load(path)
+    raise KeyError(f"no lesson {lesson!r} has exercises; the lessons are {[path.parent.name for path in files]}")
+
+
+@functools.cache
+def _load(path: Path) -> ModuleType:
+    name = f"minilora_lesson_{path.parent.name[:2]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles look their module up there
+    spec.loader.exec_module(module)
+    return module
