@@ -3,7 +3,7 @@
     python benchmarks/attention.py
 
 Prints milliseconds forward + backward (the least of several) of one layer of SmolLM2-135M (9 heads over 3 key heads of
-64), and the bytes that autograd keeps for the backward. model.SHORT_TOKENS, up to where steps are used, is read off here.
+64), and the bytes that autograd keeps for the backward. model.SHORT_TOKENS, where steps end, comes from here.
 """
 
 import math

@@ -10,9 +10,9 @@ forward, backward, one step of torch's AdamW. Same base weights, same tokens; bo
 find the same loss, or nothing is printed.
 
 Every measurement is a process of its own. A time is the median of its steps after the first. Peak memory is the
-process's peak resident set after the model is loaded (VmHWM, reset through /proc/self/clear_refs); the peak of its whole
-life stands beside it. A ratio is ours / theirs within one round: the median of the rounds is given, the least and the
-largest.
+process's peak resident set after the model is loaded (VmHWM, reset through /proc/self/clear_refs); the peak of its
+whole life stands beside it. A ratio is ours / theirs within one round: the median of the rounds is given, the least and
+the largest.
 """
 
 import argparse

@@ -7,8 +7,8 @@
     dloss/dhidden = (p − one-hot(target)) W / n        dloss/dW = (p − one-hot(target))ᵀ hidden / n
 
 Written plainly, the logits, their float32 copy, its softmax and its gradient are alive together: 14 bytes · n · vocab
-in bfloat16, 0.7 GiB for 1,024 tokens, more than all weights of the model. Here a chunk of tokens goes through at a time,
-and its gradient is formed at once, while its probabilities are still there; what is kept is as large as `hidden`.
+in bfloat16, 0.7 GiB for 1,024 tokens, more than all weights of the model. Here a chunk of tokens goes through at a
+time, and its gradient is formed at once, while its probabilities are still there; what is kept is as large as `hidden`.
 
 Read before: train/data. Read next: train/trainer.
 """
