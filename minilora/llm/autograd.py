@@ -2,8 +2,8 @@
 
 torch's own backward of RMSNorm, rotation and SwiGLU takes a pass, and often a saved copy, for every arithmetic step.
 Here each is one autograd function with its backward by hand; attention is written out, because torch's fused one is
-slow backwards on short rows. Each gives what its plain twin in model.py gives, gradients included; on CUDA, where a small
-operation costs little beside a product, the plain lines run. Gradients of gradients raise a RuntimeError.
+slow backwards on short rows. Each gives what its plain twin in model.py gives, gradients included; on CUDA, where a
+small operation costs little beside a product, the plain lines run. Gradients of gradients raise a RuntimeError.
 
 Read before this file: llm/model.
 """
