@@ -18,13 +18,14 @@ MODULES = {
 
 # What each room may import of ours, beside itself. cli and doctor may import anything, inside their functions.
 ALLOWED: dict[str, set[str]] = {
+    "files": set(),
     "numpy_lora": set(),
-    "torch_lora": set(),
+    "torch_lora": {"files"},
     "llm": set(),
     "qlora": {"torch_lora", "numpy_lora.nf4"},
     "methods": {"torch_lora"},
     "train": {"torch_lora", "qlora", "llm"},
-    "classroom": {"numpy_lora", "torch_lora", "llm", "qlora", "methods", "train"},
+    "classroom": {"files", "numpy_lora", "torch_lora", "llm", "qlora", "methods", "train"},
     "cli": set(),
     "doctor": set(),
 }

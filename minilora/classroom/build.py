@@ -33,6 +33,7 @@ except ImportError as error:
     raise ImportError("building notebooks needs the course's packages: pip install 'minilora[course]'") from error
 
 from minilora.classroom.lessons import lessons_folder
+from minilora.files import write_whole
 
 Notebook = nbformat.NotebookNode
 
@@ -296,15 +297,8 @@ def problem_of(lesson: Lesson, path: Path) -> str | None:
 
 
 def _write(notebook: Notebook, path: Path) -> None:
-    """Write under a temporary name and rename: nobody meets half a notebook."""
     nbformat.validate(notebook)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp", delete=False, encoding="utf-8"
-    ) as unfinished:
-        unfinished.write(nbformat.writes(notebook) + "\n")
-    Path(unfinished.name).chmod(0o644)
-    Path(unfinished.name).replace(path)
+    write_whole({path: (nbformat.writes(notebook) + "\n").encode()})
 
 
 def _notebook(lesson: Lesson, cells: list[Notebook]) -> Notebook:

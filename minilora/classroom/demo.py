@@ -12,7 +12,6 @@ Read before: train/extraction, train/trainer. The page itself is made by report.
 import argparse
 import copy
 import json
-import os
 import resource
 import sys
 import time
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.classroom.report import DemoResult, Perplexities, report_html
+from minilora.files import write_whole
 from minilora.llm.load import load_model
 from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer
@@ -138,7 +138,7 @@ def run_demo(
         base_license=model.origin.license,
         base_attribution=model.origin.attribution,
     )
-    write_text(settings.out / "report.html", report_html(result))
+    write_whole({settings.out / "report.html": report_html(result).encode()})
     return result
 
 
@@ -225,17 +225,6 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name and rename: nobody ever reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main_from_args(args: argparse.Namespace, load: Callable[..., tuple[Decoder, Tokenizer]] = load_model) -> int:
     """Run the demo with the options that were given (None: the default), print where everything is."""
     started = time.perf_counter()
@@ -244,9 +233,12 @@ def main_from_args(args: argparse.Namespace, load: Callable[..., tuple[Decoder, 
     if "out" in given:
         given["out"] = Path(given["out"])
     settings = Settings(**given)
+    if args.json and Path(args.json).is_dir():
+        raise IsADirectoryError(f"cannot write {args.json}: it is a folder; name a file in it")
     result = run_demo(settings, load)
     if args.json:
-        write_text(Path(args.json), json.dumps(result.numbers(), indent=2, ensure_ascii=False) + "\n")
+        numbers = json.dumps(result.numbers(), indent=2, ensure_ascii=False) + "\n"
+        write_whole({Path(args.json): numbers.encode()})
     print(result.summary())
     print(f"report   {settings.out / 'report.html'}")
     print(f"adapter  {result.adapter_path}   (PEFT's layout)")

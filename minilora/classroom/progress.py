@@ -7,10 +7,11 @@ hints taken and bets placed. Nothing is written under `MINILORA_STRICT=1`: a tes
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from minilora.files import write_whole
 
 try:
     import fcntl
@@ -72,9 +73,5 @@ def record(kind: str, key: str, **facts: Any) -> dict[str, Any]:
         entry = progress.setdefault(kind, {}).setdefault(key, {})
         for name, value in facts.items():
             entry[name] = entry.get(name, 0) + 1 if value is None else value
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=".progress-", suffix=".json", delete=False, encoding="utf-8"
-        ) as unfinished:
-            json.dump(progress, unfinished, indent=2, sort_keys=True)
-        Path(unfinished.name).replace(path)
+        write_whole({path: json.dumps(progress, indent=2, sort_keys=True).encode()})
     return entry

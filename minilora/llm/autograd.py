@@ -107,7 +107,7 @@ def causal_attention(
     """
     (batch, heads, seq, head_dim), kv_heads = q.shape, k.shape[1]
     tall = (batch * kv_heads, heads // kv_heads * seq, head_dim)
-    k, v = k.reshape(-1, seq, head_dim), v.reshape(-1, seq, head_dim)
+    k, v = (t.reshape(batch * kv_heads, seq, head_dim) for t in (k, v))
     future = torch.full((seq, seq), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(heads // kv_heads, 1)
     scores = torch.baddbmm(future, q.reshape(tall), k.mT, alpha=1 / math.sqrt(head_dim))
     return (scores.softmax(-1) @ v).view(q.shape)

@@ -124,8 +124,7 @@ def _next_logits(
     positions, mask = None, None
     if not is_real.all():
         positions = (is_real.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-        itself = torch.eye(total, dtype=torch.bool, device=tokens.device)[past:]  # padding, too, must look at something
-        mask = (causal_mask(total - past, past, tokens.device) & is_real[:, None, :]) | itself
+        mask = causal_mask(total - past, past, tokens.device) & is_real[:, None, :]
     hidden = model.model(tokens, positions=positions, mask=mask, cache=cache)
     return model.lm_head(hidden[:, -1])
 

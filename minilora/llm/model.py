@@ -127,7 +127,7 @@ class KVCache:
         if layer == 0 and self.length == 0:
             batch, kv_heads, _, head_dim = keys.shape
             self._kept = keys.new_empty(self.n_layers, 2, batch, kv_heads, self.max_tokens, head_dim)
-        kept_keys, kept_values = self._kept[layer]  # (batch, kv_heads, max_tokens, head_dim)
+        kept_keys, kept_values = self._kept[layer, 0], self._kept[layer, 1]  # (batch, kv_heads, max_tokens, head_dim)
         kept_keys[:, :, self.length : end] = keys
         kept_values[:, :, self.length : end] = values
         return kept_keys[:, :, :end], kept_values[:, :, :end]

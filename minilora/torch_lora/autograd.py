@@ -13,7 +13,6 @@ keeps its weight in 4 bits turns it into floats once in each direction and drops
 Read before this file: numpy_lora/forward, where the backward is derived by hand.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,36 +26,38 @@ def lora_linear(
     A: Float[Tensor, "r in"],
     B: Float[Tensor, "out r"],
     scaling: float,
-    base: Callable[[Tensor], Tensor],
-    dense_weight: Callable[[torch.dtype], Tensor],
+    base: Any,
+    weight: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "*n out"]:
-    """base(x) + scaling · (x Aᵀ) Bᵀ, with gradients to x, A and B.
+    """base(x) + scaling · (x Aᵀ) Bᵀ, with gradients to x, A and B, for a frozen base that computes x Wᵀ + bias.
 
-    `base` is called once, in the forward, without gradients; `dense_weight(dtype)`, its weight as (out, in), is asked
-    for in the backward, and only if x wants a gradient. Gradients of gradients raise a RuntimeError.
+    `base` is called once, in the forward, without gradients. `weight` is its W; None for a base that stores no floats:
+    then base.dense_weight(dtype) is asked for it in the backward, and only if x wants a gradient. Gradients of
+    gradients raise a RuntimeError, and so does a backward after `weight` was changed in place.
     """
-    return _LoRALinear.apply(x, A, B, scaling, base, dense_weight)
+    return _LoRALinear.apply(x, A, B, scaling, base, weight)
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Any, dense_weight: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Any, weight: Tensor | None) -> Tensor:
         u = scaling * (_rows(x) @ A.to(x.dtype).T)
-        y = base(x)
+        y = base(x).contiguous()
         y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T)
-        ctx.save_for_backward(x, u, A, B)
-        ctx.scaling, ctx.dense_weight = scaling, dense_weight
+        ctx.save_for_backward(x, u, A, B, weight)
+        ctx.scaling, ctx.base = scaling, base
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:  # type: ignore[override]
-        x, u, A, B = ctx.saved_tensors
+        x, u, A, B, weight = ctx.saved_tensors
         dy = _rows(dy)
         du = ctx.scaling * (dy @ B.to(dy.dtype))
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ ctx.dense_weight(dy.dtype)).addmm_(du, A.to(dy.dtype)).view(x.shape)
+            W = ctx.base.dense_weight(dy.dtype) if weight is None else weight
+            dx = (dy @ W).addmm_(du, A.to(dy.dtype)).view(x.shape)
         return dx, (du.T @ _rows(x)).to(A.dtype), (dy.T @ u).to(B.dtype), None, None, None
 
 

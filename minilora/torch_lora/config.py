@@ -1,6 +1,7 @@
 """What an adapter is made with: checked once, when it is made. Layers take its fields, never the object."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 
@@ -24,7 +25,7 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r is {self.r!r}: it counts the rows of A, so it must be a whole number of 1 or more")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        if not 0 < self.alpha <= sys.float_info.max:
             raise ValueError(f"alpha is {self.alpha!r}: it multiplies the update, so it must be positive and finite")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}: it is a probability, at least 0 and below 1")

@@ -142,7 +142,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     ParameterCount(trainable=55, total=55)
     """
     parameters = list(model.parameters())
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, StoresNoFloats))
+    stored: list[Any] = [module for module in model.modules() if isinstance(module, StoresNoFloats)]
+    packed = sum(layer.in_features * layer.out_features for layer in stored)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return ParameterCount(trainable, sum(p.numel() for p in parameters) + packed)
 

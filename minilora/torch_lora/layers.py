@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from minilora.torch_lora.autograd import lora_linear
 from minilora.torch_lora.config import LoRAConfig
@@ -27,11 +28,11 @@ from minilora.torch_lora.config import LoRAConfig
 
 @runtime_checkable
 class StoresNoFloats(Protocol):
-    """A linear layer that keeps its weight in another form (4 bits, say) and can give it as floats."""
+    """A linear layer that keeps its weight in another form (4 bits, say) and can give it as floats, (out, in).
 
-    in_features: int
-    out_features: int
-    bias: Tensor | None
+    It is told by this one method. Like an nn.Linear it has in_features, out_features and bias; a check for these as
+    well would not find a bias that is a parameter (Python 3.12 and later look past nn.Module's own attributes).
+    """
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor: ...
 
@@ -71,7 +72,7 @@ class LoRALayer(nn.Module):
         super().__init__()
         config = LoRAConfig(r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
         refuse_unfit(base, type(self))
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.r, self.alpha, self.dropout, self.use_rslora = config.r, config.alpha, config.dropout, config.use_rslora
         self.scaling = config.scaling
         in_features, out_features = self.features(base)
@@ -79,8 +80,8 @@ class LoRALayer(nn.Module):
         self.A = nn.Parameter(torch.empty(r, in_features, device=device))
         self.B = nn.Parameter(torch.empty(out_features, r, device=device))
         self.initialize(generator)
-        self.unmerged_weight: Tensor | None
-        self.register_buffer("unmerged_weight", None, persistent=False)
+        self._kept: tuple[nn.Parameter, ...] = ()  # a tuple, so that it counts neither as a parameter nor as state
+        base.requires_grad_(False)  # last: whoever is refused leaves the base as it was
 
     @staticmethod
     def accepts(base: nn.Module) -> bool:
@@ -104,7 +105,12 @@ class LoRALayer(nn.Module):
     @property
     def is_merged(self) -> bool:
         """Whether the update is inside the base's weight now."""
-        return self.unmerged_weight is not None
+        return bool(self._kept)
+
+    @property
+    def unmerged_weight(self) -> nn.Parameter | None:
+        """The base's own weight while the layer is merged, kept to be put back."""
+        return self._kept[0] if self._kept else None
 
     def delta_weight(self) -> Float[Tensor, "rows columns"]:
         """Form the update in the layout of the base's weight.
@@ -139,19 +145,23 @@ class LoRALayer(nn.Module):
                 "fused() gives a new layer of floats with the update in it"
             )
         merged = self._summed_weight(self.base.weight.dtype)
-        self.unmerged_weight = self.base.weight
+        self._kept = (self.base.weight,)
         self.base.weight = nn.Parameter(merged, requires_grad=False)
 
     def unmerge(self) -> None:
-        """Put back the weight that merge kept: bit for bit the one before it.
+        """Put back the weight that merge kept: the same parameter with the same bits.
+
+        Where the layer was moved to another device or dtype since, its copy there.
 
         Raises:
             RuntimeError: if the layer is not merged.
         """
-        if self.unmerged_weight is None:
+        if not self._kept:
             raise RuntimeError("this layer is not merged: there is nothing to undo")
-        kept, self.unmerged_weight = self.unmerged_weight, None
-        self.base.weight = kept if isinstance(kept, nn.Parameter) else nn.Parameter(kept, requires_grad=False)
+        (kept,), self._kept = self._kept, ()
+        here = kept.detach().to(self.base.weight)
+        same = here.data_ptr() == kept.data_ptr()
+        self.base.weight = kept if same else nn.Parameter(here, requires_grad=False)
 
     @torch.no_grad()
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -197,8 +207,8 @@ class LoRALinear(LoRALayer):
 
         h = base(x) + scaling · (dropout(x) Aᵀ) Bᵀ             [LoRA] eq. 3
 
-    A and B are cast to x's dtype; what the base computes is never touched. Without dropout the sum and its backward are
-    one autograd function, autograd.lora_linear: the same numbers in fewer passes and less memory.
+    A and B are cast to x's dtype; what the base computes is never touched. Over a base that is frozen and plain the sum
+    and its backward are one autograd function, autograd.lora_linear: the same numbers in fewer passes and less memory.
 
     >>> layer = LoRALinear(nn.Linear(24, 16), r=4, alpha=8)
     >>> [tuple(p.shape) for p in layer.parameters() if p.requires_grad]
@@ -211,17 +221,17 @@ class LoRALinear(LoRALayer):
         if self.is_merged:
             return self.base(x)
         drops = self.dropout > 0 and self.training
-        if drops or torch.is_autocast_enabled(x.device.type):
+        if drops or not is_frozen_product(self.base) or autocasts(x):
             return self.base(x) + bypass(x, self.A, self.B, self.scaling, self.dropout, self.training)
-        return lora_linear(x, self.A, self.B, self.scaling, self.base, self._base_weight)
-
-    def _base_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        weight = dense_weight(self.base, dtype)
-        return weight.T if self.stores_in_by_out else weight
+        weight = None
+        if not isinstance(self.base, StoresNoFloats):
+            weight = self.base.weight.T if self.stores_in_by_out else self.base.weight
+        return lora_linear(x, self.A, self.B, self.scaling, self.base, weight)
 
     @staticmethod
     def accepts(base: nn.Module) -> bool:
-        return isinstance(base, nn.Linear | StoresNoFloats)
+        read_past_forward = isinstance(base, NonDynamicallyQuantizableLinear)  # nn.MultiheadAttention reads its weight
+        return isinstance(base, nn.Linear | StoresNoFloats) and not read_past_forward
 
     @staticmethod
     def features(base: Any) -> tuple[int, int]:
@@ -324,6 +334,19 @@ def bypass(
     """
     u = F.dropout(x, dropout, training) @ A.to(x.dtype).T  # (*n, r)
     return scaling * (u @ B.to(x.dtype).T)
+
+
+def is_frozen_product(base: Any) -> bool:
+    """Whether a base computes x Wᵀ + bias and no more: nothing in it trains, no hook sees or changes its result."""
+    plain = type(base) is nn.Linear or is_conv1d(base) or isinstance(base, StoresNoFloats)
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    return plain and not any(hooks) and not any(p.requires_grad for p in base.parameters())
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether torch would choose a dtype of its own for products with x."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ nothing in a file becomes a path, a pattern or code. Only safetensors are opened
 """
 
 import json
-import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from minilora.files import write_whole
 from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.inject import (
     InjectReport,
@@ -106,10 +107,8 @@ def save_adapter(
     if broken:
         raise ValueError(f"{len(broken)} tensors of this adapter hold NaN or infinite values, the first is {broken[0]}")
     metadata = {"format": "pt"} | ({"base_sha256": base_sha256} if base_sha256 else {})
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / TENSOR_FILE, save(tensors, metadata))
-    _write(folder / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    folder, config_json = Path(folder), json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_whole({folder / TENSOR_FILE: save(tensors, metadata), folder / CONFIG_FILE: config_json.encode()})
 
 
 def load_adapter(
@@ -135,10 +134,11 @@ def load_adapter(
     tensors, metadata = _read_tensors(folder / TENSOR_FILE)
     by_layer = _by_layer(model, tensors, config.r)
     _refuse_other_settings(model, by_layer, config)
+    _refuse_merged(model)
     _warn_of_another_base(metadata.get("base_sha256"), base_sha256)
     if not adapter_layers(model):
         settings = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout, "use_rslora": config.use_rslora}
-        inject(model, sorted(by_layer), lambda base: wrap(base, **settings))
+        inject(model, [re.compile(re.escape(name)) for name in by_layer], lambda base: wrap(base, **settings))
     layers = adapter_layers(model)
     with torch.no_grad():
         for name, pair in by_layer.items():
@@ -203,7 +203,7 @@ def _read_config(path: Path) -> LoRAConfig:
         r=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
         dropout=config.get("lora_dropout", 0.0),
-        use_rslora=bool(config.get("use_rslora", False)),
+        use_rslora=bool(config.get("use_rslora")),
     )
 
 
@@ -220,6 +220,8 @@ def _config_problems(config: dict[str, object]) -> list[str]:
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         problems.append(f"init_lora_weights = {init!r}: it moves part of the base's weight into the adapter")
+    if not isinstance(config.get("use_rslora"), bool | None):
+        problems.append(f"use_rslora = {config['use_rslora']!r}: true or false is needed")
     for key in ("r", "lora_alpha", "lora_dropout"):
         value = config.get(key, 0)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -305,6 +307,15 @@ def _refuse_other_settings(model: nn.Module, by_layer: dict[str, dict[str, Tenso
         )
 
 
+def _refuse_merged(model: nn.Module) -> None:
+    merged = [name for name, layer in adapter_layers(model).items() if layer.is_merged]
+    if merged:
+        raise ValueError(
+            f"{len(merged)} layers of the model are merged, the first is {merged[0]}: their A and B do nothing now, "
+            "so loading would change nothing; unmerge() them first"
+        )
+
+
 def _warn_of_another_base(theirs: str | None, ours: str | None) -> None:
     if theirs and ours and theirs != ours:
         warnings.warn(
@@ -319,12 +330,3 @@ def _hits_by_leaf(names: list[str]) -> dict[str, list[str]]:
     for name in names:
         hits.setdefault(name.rpartition(".")[2], []).append(name)
     return hits
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

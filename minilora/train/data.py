@@ -26,8 +26,9 @@ class Sample:
     """One sequence: its tokens, and for every position the token that should be learnt there, or `IGNORED`.
 
     Raises:
-        ValueError: if no label carries loss, so that the sample would cost time and teach nothing. The label of the
-            first position does not count: nothing comes before it that could predict it.
+        ValueError: if a label is negative and not `IGNORED`; or if no label carries loss, so that the sample would cost
+            time and teach nothing. The label of the first position does not count: nothing comes before it that could
+            predict it.
     """
 
     tokens: list[int]
@@ -38,6 +39,11 @@ class Sample:
         if len(self.tokens) != len(self.labels):
             raise ValueError(
                 f"{self.name} has {len(self.tokens)} tokens and {len(self.labels)} labels: one each, please"
+            )
+        odd = [label for label in self.labels if label < 0 and label != IGNORED]
+        if odd:
+            raise ValueError(
+                f"{self.name} has the label {odd[0]}: a label is a token's number, or {IGNORED} for no loss"
             )
         if all(label == IGNORED for label in self.labels[1:]):
             raise ValueError(

@@ -54,27 +54,31 @@ def chunked_cross_entropy(
     """F.cross_entropy((hidden @ weight.T).float(), targets), with gradients to hidden and weight, chunk by chunk.
 
     Gradients of gradients raise a RuntimeError.
+
+    Raises:
+        IndexError: if a target is not a column of the vocabulary (F.cross_entropy would leave out one of −100).
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens, torch.is_grad_enabled())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, grad_enabled: bool
+    ) -> Tensor:
         wide = _wide(hidden.dtype)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        wants_hidden, wants_weight = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
         dhidden = torch.empty_like(hidden) if wants_hidden else None
         dweight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         for start in range(0, len(targets), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             log_p = F.log_softmax(hidden[chunk] @ weight.T, dim=-1, dtype=wide)
-            at_target = torch.arange(len(log_p), device=hidden.device), targets[chunk]
-            loss -= log_p[at_target].sum()
+            loss += F.nll_loss(log_p, targets[chunk], reduction="sum")
             if dhidden is None and dweight is None:
                 continue
             dlogits = log_p.exp_()
-            dlogits[at_target] -= 1
+            dlogits[torch.arange(len(dlogits), device=hidden.device), targets[chunk]] -= 1
             dlogits = dlogits.to(hidden.dtype)
             if dhidden is not None:
                 dhidden[chunk] = dlogits @ weight
@@ -86,12 +90,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
         grads = [
             None if grad is None else (grad * (dloss / ctx.n)).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return grads[0], grads[1], None, None
+        return grads[0], grads[1], None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

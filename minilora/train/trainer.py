@@ -6,6 +6,7 @@ of it. The optimizer comes from the caller, who knows which parameters it holds 
 Read before: torch_lora/layers, train/data, train/loss.
 """
 
+import math
 import signal
 import sys
 import threading
@@ -64,7 +65,7 @@ def train(
     Ctrl-C lets the step under way finish and returns what was trained so far; a second Ctrl-C breaks off at once.
 
     Raises:
-        FloatingPointError: if a loss is NaN or infinite, before it reaches the weights.
+        FloatingPointError: if a loss or a gradient is NaN or infinite, before it reaches the weights.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps: list[Step] = []
@@ -73,9 +74,10 @@ def train(
             start = time.perf_counter()
             set_rates(schedule(number))
             loss = loss_of(model, batch)
-            check_finite(loss.item(), number)
+            check_finite("loss", loss.item(), number)
             loss.backward()
             grad_norm = clip_grad_norm_(parameters, max_grad_norm)
+            check_finite("norm of the gradients", grad_norm.item(), number)
             optimizer.step()
             optimizer.zero_grad()
             seconds, lr = time.perf_counter() - start, optimizer.param_groups[0]["lr"]
@@ -108,11 +110,11 @@ def warmup_then_decay(n_steps: int, n_warmup: int) -> Callable[[int], float]:
     return factor
 
 
-def check_finite(loss: float, number: int) -> None:
-    """Stop before a bad loss reaches the weights."""
-    if loss != loss or loss == float("inf"):
+def check_finite(what: str, value: float, number: int) -> None:
+    """Stop before a bad loss or gradient reaches the weights."""
+    if not math.isfinite(value):
         raise FloatingPointError(
-            f"the loss is {loss} at step {number}; the weights are those of step {number - 1}: "
+            f"the {what} is {value} at step {number}; the weights are those of step {number - 1}: "
             "lower the learning rate or lengthen the warm-up, and look at the data of this batch"
         )
 
