@@ -99,7 +99,9 @@ def test_a_damaged_base_model_is_a_finding(monkeypatch, tmp_path):
 def test_a_verified_base_model_is_there(monkeypatch, tmp_path):
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path))
     smollm2.model_folder().mkdir()
-    (smollm2.model_folder() / "minilora.json").write_text('{"files": {}}')
+    for name in smollm2.FILES:
+        (smollm2.model_folder() / name).write_text("whole")
+    smollm2._seal(smollm2.model_folder())
     assert doctor.base_model_check().mark == OK
 
 

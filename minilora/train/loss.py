@@ -56,7 +56,7 @@ def chunked_cross_entropy(
     Gradients of gradients raise a RuntimeError.
 
     Raises:
-        IndexError: if a target is not a column of the vocabulary (F.cross_entropy would leave out one of −100).
+        RuntimeError: if a target is not a column of the vocabulary (F.cross_entropy would leave out one of −100).
     """
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens, torch.is_grad_enabled())
 
@@ -74,7 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             log_p = F.log_softmax(hidden[chunk] @ weight.T, dim=-1, dtype=wide)
-            loss += F.nll_loss(log_p, targets[chunk], reduction="sum")
+            loss -= log_p.gather(1, targets[chunk, None]).sum()
             if dhidden is None and dweight is None:
                 continue
             dlogits = log_p.exp_()

@@ -133,13 +133,14 @@ def progress_bar(n_steps: int) -> Iterator[Callable[[Step], None]]:
 
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout on, and afterwards back to what it was."""
-    was_training = model.training
+    """Switch dropout on, and afterwards every module back to what it was."""
+    was_training = {module: module.training for module in model.modules()}
     model.train()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in was_training.items():
+            module.training = mode
 
 
 @contextmanager

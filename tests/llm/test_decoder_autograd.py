@@ -137,3 +137,53 @@ def test_every_gradient_of_the_decoder_is_that_of_the_plain_lines(monkeypatch):
     monkeypatch.setattr(model, "trains_on_cpu", lambda x: False)
     for name, gradient in all_gradients().items():
         torch.testing.assert_close(by_hand[name], gradient, rtol=1e-11, atol=1e-12, msg=name)
+
+
+def test_gradients_of_gradients_are_refused():
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    for y in (
+        autograd.rms_norm(x, torch.ones(8), 1e-5),
+        autograd.swiglu(x, x),
+        autograd.rotate(x[:, None], torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4)),
+    ):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
+
+
+def test_long_rows_keep_no_scores(monkeypatch):
+    decoder = Decoder(tiny_config())
+    monkeypatch.setattr(model, "SHORT_TOKENS", 6)
+    called = []
+    monkeypatch.setattr(autograd, "causal_attention", lambda q, k, v: called.append(q.shape) or q)
+    decoder(torch.zeros(1, 7, dtype=torch.long))
+    assert called == []
+    decoder(torch.zeros(1, 6, dtype=torch.long))
+    assert len(called) == decoder.config.n_layers
+
+
+def test_autocast_takes_the_plain_lines():
+    decoder = Decoder(tiny_config())
+    tokens = torch.randint(0, decoder.config.vocab_size, (2, 7))
+    exact = decoder(tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = decoder(tokens)
+    logits.float().square().sum().backward()
+
+    assert logits.dtype == torch.bfloat16
+    assert (logits - exact).norm() < 0.05 * exact.norm()
+
+
+def test_rows_without_tokens():
+    decoder = Decoder(tiny_config())
+    assert decoder(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, decoder.config.vocab_size)
+
+
+def test_a_cache_fills_with_gradients_enabled():
+    decoder, cache = Decoder(tiny_config()), model.KVCache(3, 10)
+    tokens = torch.randint(0, decoder.config.vocab_size, (2, 7))
+    with torch.no_grad():
+        whole = decoder(tokens)
+    read = [decoder(part, cache=cache) for part in tokens.split([4, 3], dim=1)]
+
+    torch.testing.assert_close(torch.cat(read, dim=1), whole, rtol=1e-4, atol=1e-5)

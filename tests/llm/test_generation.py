@@ -193,3 +193,19 @@ def test_a_stream_left_half_way_puts_the_model_back(tiny):
 def test_what_cannot_be_generated_is_refused(tiny, arguments, reason):
     with pytest.raises(ValueError, match=f"cannot generate: {reason}"):
         generate(tiny, **({"prompts": [[1]], "max_new_tokens": 5} | arguments))
+
+
+def test_every_module_gets_its_own_mode_back():
+    model = Decoder(tiny_config()).train()
+    model.model.layers[0].eval()
+    generate(model, [[1, 2]], max_new_tokens=1)
+
+    assert model.training
+    assert model.model.layers[1].training
+    assert not model.model.layers[0].training
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0])
+def test_a_temperature_that_is_no_number_to_divide_by_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature is"):
+        generate(Decoder(tiny_config()), [[1, 2]], max_new_tokens=1, temperature=temperature)

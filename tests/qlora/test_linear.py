@@ -155,3 +155,10 @@ def test_a_weight_with_nan_is_refused():
 def test_an_impossible_block_size_is_refused():
     with pytest.raises(ValueError, match="block_size is 48: choose one of 32, 64"):
         NF4Linear(nn.Linear(96, 40), block_size=48)
+
+
+def test_bytes_are_not_read_with_another_codebook_or_block_size():
+    state = NF4Linear(nn.Linear(64, 32), FP4).state_dict()
+    with pytest.raises(ValueError, match="are of fp4, block_size=64; this layer reads nf4, block_size=64"):
+        NF4Linear(nn.Linear(64, 32)).load_state_dict(state)
+    assert all(isinstance(value, torch.Tensor) for value in state.values())  # so that safetensors can hold it

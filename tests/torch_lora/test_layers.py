@@ -1,5 +1,6 @@
 """The three LoRA layers: what they promise about starting, training, merging and refusing."""
 
+import inspect
 import math
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.torch_lora import LoRAConfig, LoRAConv1D, LoRAEmbedding, LoRALinear, merged
-from minilora.torch_lora.layers import LoRALayer
+from minilora.qlora import NF4Linear
+from minilora.torch_lora import LoRAConfig, LoRAConv1D, LoRAEmbedding, LoRALinear, inject, merged
+from minilora.torch_lora.layers import LoRALayer, StoresNoFloats, kind_of
 
 TOKENS = torch.tensor([[1, 5, 0], [6, 6, 2]])
 
@@ -321,3 +323,52 @@ def test_the_padding_token_of_an_embedding_is_not_trained():
 
     assert layer.A.grad[:, 5].any()
     assert not layer.A.grad[:, 6].any()
+
+
+@pytest.mark.parametrize("module", [nn.Linear(6, 5), nn.Embedding(6, 5)])
+def test_a_merged_layer_has_the_state_and_the_parameters_of_an_unmerged_one(module):
+    layer = kind_of(module)(module, r=2, alpha=4)
+    state, names = set(layer.state_dict()), [name for name, _ in layer.named_parameters()]
+    layer.merge()
+
+    assert set(layer.state_dict()) == state
+    assert [name for name, _ in layer.named_parameters()] == names
+
+
+def test_a_layer_that_is_cast_while_merged_unmerges_to_that_dtype():
+    layer = LoRALinear(nn.Linear(6, 5), r=2, alpha=4)
+    before = layer.base.weight.detach().clone()
+    layer.merge()
+    layer.bfloat16()
+    layer.unmerge()
+
+    assert torch.equal(layer.base.weight, before.bfloat16())
+
+
+def test_a_layer_that_is_refused_leaves_its_base_trainable():
+    embedding = nn.Embedding(6, 5)
+    with pytest.raises(ValueError, match="dropout"):
+        LoRAEmbedding(embedding, r=2, alpha=4, dropout=0.1)
+
+    assert embedding.weight.requires_grad
+
+
+def test_a_layer_whose_weight_is_read_past_its_forward_is_not_wrapped():
+    attention = nn.MultiheadAttention(8, 2)
+    assert "out_proj" not in str(inject(nn.ModuleDict({"a": attention, "b": nn.Linear(8, 8)}), "all-linear", lora))
+    with pytest.raises(TypeError, match="NonDynamicallyQuantizableLinear"):
+        LoRALinear(attention.out_proj, r=2, alpha=4)
+
+
+def lora(base):
+    return LoRALinear(base, r=2, alpha=4)
+
+
+def test_the_protocol_of_a_stored_weight_is_seen_where_a_bias_is_a_parameter():
+    """Python 3.12 looks a protocol's members up with inspect.getattr_static, which sees no nn.Parameter."""
+    layer = NF4Linear(nn.Linear(64, 32))
+    members = [name for name in {**vars(StoresNoFloats), **StoresNoFloats.__annotations__} if not name.startswith("_")]
+    for member in members:
+        inspect.getattr_static(layer, member)
+
+    assert members == ["dense_weight"]

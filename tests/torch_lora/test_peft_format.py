@@ -1,6 +1,8 @@
 """Adapters as files: strict both ways, refused with the reason, never half-written. (tests/compat has PEFT itself.)"""
 
 import json
+import re
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -114,17 +116,55 @@ def test_saving_over_an_adapter_leaves_no_temporary_file(saved):
 
 def test_saving_that_breaks_off_leaves_the_old_files_whole(saved, monkeypatch):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    write_bytes = Path.write_bytes
+    made, real = [], tempfile.NamedTemporaryFile
 
-    def disk_full(path: Path, content: bytes) -> int:
-        write_bytes(path, content[: len(content) // 2])
-        raise OSError("no space left on device")
+    def disk_full(**settings):
+        made.append(settings)
+        if len(made) == 2:  # the tensors are written, the config is not
+            raise OSError("no space left on device")
+        return real(**settings)
 
-    monkeypatch.setattr(Path, "write_bytes", disk_full)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", disk_full)
     with pytest.raises(OSError, match="no space left"):
         save_adapter(adapted(r=3), saved)
 
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_layer_whose_name_ends_like_the_files_is_left_alone(tmp_path):
+    def twice():
+        return nn.ModuleDict({"lin": nn.Linear(6, 6), "block": nn.ModuleDict({"lin": nn.Linear(6, 6)})})
+
+    model = twice()
+    inject(model, re.compile("lin"), lambda base: LoRALinear(base, r=2, alpha=4))
+    save_adapter(model, tmp_path)
+    fresh = twice()
+    load_adapter(fresh, tmp_path)
+
+    assert isinstance(fresh["lin"], LoRALinear)
+    assert type(fresh["block"]["lin"]) is nn.Linear
+
+
+def test_a_merged_model_refuses_to_load(saved):
+    model = adapted()
+    model.q_proj.merge()
+    with pytest.raises(ValueError, match=r"1 layers of the model are merged, the first is q_proj: .* unmerge"):
+        load_adapter(model, saved)
+
+
+@pytest.mark.parametrize("value", ["false", 1, []])
+def test_use_rslora_is_true_or_false_and_nothing_like_it(saved, value):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": value}))
+    with pytest.raises(ValueError, match=r"use_rslora = .*: true or false is needed"):
+        load_adapter(Model(), saved)
+
+
+def test_an_alpha_beyond_all_floats_is_refused(saved):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 10**400}))
+    with pytest.raises(ValueError, match="positive and finite"):
+        load_adapter(Model(), saved)
 
 
 def test_another_base_is_warned_of(tmp_path):

@@ -86,3 +86,8 @@ def test_an_impossible_batch_size_is_refused():
 def test_an_empty_batch_is_refused():
     with pytest.raises(ValueError, match="batch of 0 samples"):
         collate([], pad=0)
+
+
+def test_a_negative_label_is_refused():
+    with pytest.raises(ValueError, match=r"line 3 has the label -1: a label is a token, or -100 for no loss"):
+        Sample([1, 2, 3], [-100, -1, 3], "line 3")

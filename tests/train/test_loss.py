@@ -137,3 +137,42 @@ def test_a_head_with_a_bias_or_an_adapter_is_called(batch, head):
 
     assert called == [True]
     assert all(p.grad is not None for p in head.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("target", [-1, -100, 11])
+def test_a_target_outside_the_vocabulary_is_refused(target):
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        chunked_cross_entropy(torch.randn(3, 5), torch.randn(11, 5), torch.tensor([1, target, 2]))
+
+
+def test_a_trainable_head_pays_for_no_gradient_under_no_grad():
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    with torch.no_grad(), Shapes() as shapes:
+        chunked_cross_entropy(hidden, weight, torch.zeros(4, dtype=torch.long))
+
+    assert shapes.operations.count("mm") == 1
+
+
+def test_the_gradient_of_a_trainable_head_is_summed_in_float32():
+    """Over 64 chunks; summed in bfloat16 the later ones would be rounded away."""
+    torch.manual_seed(0)
+    hidden, weight = torch.ones(512, 4).bfloat16(), torch.zeros(16, 4).bfloat16()
+    targets = torch.zeros(512, dtype=torch.long)
+    _, _, dweight = value_and_gradients(chunked_cross_entropy, hidden, weight, targets, 8)
+    _, _, exact = value_and_gradients(plain, hidden.double(), weight.double(), targets)
+
+    torch.testing.assert_close(dweight.double(), exact, rtol=2**-8, atol=0)
+
+
+def test_gradients_of_gradients_are_refused():
+    hidden = torch.randn(4, 8, requires_grad=True)
+    loss = chunked_cross_entropy(hidden, torch.randn(30, 8), torch.zeros(4, dtype=torch.long))
+    (dhidden,) = torch.autograd.grad(loss, hidden, torch.ones((), requires_grad=True), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dhidden.sum().backward()
+
+
+def test_the_loss_over_an_adapted_bfloat16_head_is_float32(batch):
+    model = TinyModel().bfloat16()
+    model.lm_head = LoRALinear(model.lm_head, r=2, alpha=4)
+    assert loss_of(model, batch).dtype == torch.float32

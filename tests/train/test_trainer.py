@@ -208,3 +208,32 @@ def test_no_batches_is_no_steps():
     model = TinyModel()
 
     assert train(model, [], torch.optim.AdamW(model.parameters())).steps == []
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(batch, bad):
+    model = TinyModel()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.lm_head.weight.register_hook(lambda grad: torch.full_like(grad, bad))
+    with pytest.raises(
+        FloatingPointError, match=r"the norm of the gradients is .* at step 1; the weights are those of"
+    ):
+        train(model, [batch], torch.optim.AdamW(model.parameters()))
+
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_an_infinite_loss_never_reaches_the_weights(batch):
+    model = TinyModel()
+    torch.nn.init.constant_(model.lm_head.weight, float("inf"))
+    with pytest.raises(FloatingPointError, match=r"the loss is (inf|nan) at step 1"):
+        train(model, [batch], torch.optim.AdamW(model.parameters()))
+
+
+def test_every_module_gets_its_own_mode_back(batch):
+    model = TinyModel().train()
+    model.model[1].eval()
+    train(model, [batch], torch.optim.AdamW(model.parameters()))
+
+    assert model.training
+    assert not model.model[1].training
