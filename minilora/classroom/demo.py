@@ -90,6 +90,11 @@ def run_demo(
     """Measure, train, measure again; leave the adapter and the report in `settings.out`."""
     settings.out.mkdir(parents=True, exist_ok=True)  # if this cannot be, better now than after training
     model, tokenizer = load(BASE, dtype=torch.bfloat16)
+    if settings.r > model.config.hidden_size:
+        raise ValueError(
+            f"r is {settings.r}, above {model.config.hidden_size}, the width of the model: B A cannot have that rank; "
+            "choose a smaller one, such as 16"
+        )
     data = make_extraction(settings.seed, settings.steps * BATCH_SIZE, settings.n_eval)
     prompts = [tokenizer.encode_chat(example.messages) for example in data.test]
     references = [example.answer for example in data.test]

@@ -176,15 +176,19 @@ def figure_html(figure: Figure, alt: str, finding: str) -> str:
 
 def loss_section(steps: Sequence[Step]) -> str:
     """How the loss fell."""
-    losses = running_median([step.loss for step in steps], SMOOTHING)
+    losses = [step.loss for step in steps]
+    if len(steps) >= 2 * SMOOTHING:
+        losses = running_median(losses, SMOOTHING)
+    peak = max(range(len(steps)), key=lambda place: steps[place].lr) + 1
     first, last = steps[0].loss, losses[-1]
     tenth = next((step.number for step, loss in zip(steps, losses, strict=True) if loss < first / 10), None)
     soon = f" Step {tenth} is the first with less than a tenth of the first loss." if tenth else ""
     return "<h2>Training</h2>" + figure_html(
         loss_figure(steps),
         alt=f"Loss over {len(steps)} steps on a logarithmic scale, falling from {first:.2f} to {last:.3f} nats per "
-        "token; below it the learning rate, rising for a tenth of the steps and falling in a straight line to zero.",
-        finding=f"From {first:.2f} to {last:.3f} nats per token of the answer.{soon}",
+        f"token; below it the learning rate, largest at step {peak} and {steps[-1].lr:.1e} at the end.",
+        finding=f"From {first:.2f} to {last:.3f} nats per token of the answer (a loss of x nats: the right token got a "
+        f"probability of e to the −x, on a geometric average).{soon}",
     )
 
 
@@ -195,7 +199,8 @@ def loss_figure(steps: Sequence[Step]) -> Figure:
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     numbers, losses = [step.number for step in steps], [step.loss for step in steps]
     loss.plot(numbers, losses, "o", color=BLUE, markersize=3, alpha=0.55, label="one step")
-    loss.plot(numbers, running_median(losses, SMOOTHING), color=ORANGE, linewidth=2, label=f"median of {SMOOTHING}")
+    if len(steps) >= 2 * SMOOTHING:
+        loss.plot(numbers, running_median(losses, SMOOTHING), color=ORANGE, linewidth=2, label=f"median of {SMOOTHING}")
     loss.set_yscale("log")
     loss.set_ylabel("loss, nats per token")
     loss.grid(True)

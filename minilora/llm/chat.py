@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -25,16 +26,22 @@ STEP = 500  # what a turn of a loop or a call is counted as: 20,000 of them use 
 ITEM = 50  # what a number, a list, an entry in a dictionary is counted as
 
 # What is offered of jinja's filters and of Python's methods. The first look at the outside of a value only.
-STRUCTURE_FILTERS = """
-    abs count d default first float int items last length list map max min reject rejectattr reverse round safe select
-    selectattr
+STRUCTURE_FILTERS = "abs count d default first float int items last length list map reverse round safe"
+PAID_FILTERS = """
+    capitalize dictsort e escape join lower max min reject rejectattr replace select selectattr sort string title tojson
+    trim unique upper
 """
-TEXT_FILTERS = "capitalize dictsort e escape join lower replace sort string title tojson trim unique upper"
 STRING_METHODS = """
     capitalize count endswith find index isalnum isalpha isdigit islower isnumeric isspace isupper join lower lstrip
     partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines startswith strip
     title upper
 """
+METHODS: tuple[tuple[type | tuple[type, ...], list[str]], ...] = (
+    (str, STRING_METHODS.split()),
+    ((list, tuple), ["index", "count"]),
+    (Mapping, ["get", "items", "keys", "values"]),
+    ((bool, int, float), []),  # (1).to_bytes(10**9) is a large text, too
+)
 
 
 class ChatTemplate:
@@ -76,7 +83,9 @@ class ChatTemplate:
         values = {**(special_tokens or {}), "messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return self._sandbox.concat(self._template.generate(values))
-        except (TemplateError, RecursionError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (
+            TemplateError, RecursionError, ArithmeticError, LookupError, MemoryError, TypeError, ValueError
+        ) as error:  # fmt: skip
             raise ValueError(f"the chat template failed: {error}") from error
 
 
@@ -97,7 +106,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         ours = {"join": self._join, "replace": self._replace, "tojson": _to_json}
         offered = self.filters | ours
         self.filters = {name: offered[name] for name in STRUCTURE_FILTERS.split()}
-        self.filters |= {name: self._paid_filter(offered[name]) for name in TEXT_FILTERS.split()}
+        self.filters |= {name: self._paid_filter(offered[name]) for name in PAID_FILTERS.split()}
         self.filters |= {"_paid": self._paid, "_paid_turns": self._paid_turns, "_text": self._paid_filter(self._join)}
         self.globals = {"namespace": Namespace, "range": self.globals["range"], "raise_exception": _raise_exception}
 
@@ -115,9 +124,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return "".join(kept)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, str) and attr not in STRING_METHODS.split():
-            return False
-        return super().is_safe_attribute(obj, attr, value)
+        offered = next((names for kind, names in METHODS if isinstance(obj, kind)), None)
+        return (offered is None or attr in offered) and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
         """str.format is not offered: '{:>9999999999}' is a large text in a small one. Jinja would allow it."""
@@ -125,8 +133,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.spend(STEP)
         text = getattr(function, "__self__", None)
-        if isinstance(text, str):
+        if isinstance(text, str | list | tuple):  # what searches a list compares all that is in it
             self._paid((text, args))
+        if isinstance(text, str):
             if function.__name__ == "join":
                 return self._join(list(args[0]), text)
             if function.__name__ == "replace":
@@ -160,7 +169,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         @wraps(function)  # jinja looks at the function's attributes to see what else it wants to be passed
         def paid(*args: Any, **kwargs: Any) -> Any:
             values = [list(value) if isinstance(value, Iterator) else value for value in args]
-            self._paid((values, kwargs))
+            self._paid(([value for value in values if not isinstance(value, Context)], kwargs))
             return function(*values, **kwargs)
 
         return paid
@@ -187,6 +196,13 @@ class _Metering(NodeTransformer):
         """a ~ b ~ c"""
         self.generic_visit(node)
         return _filtered(nodes.List(node.nodes, lineno=node.lineno), "_text")
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Node:
+        """a is eq b"""
+        self.generic_visit(node)
+        node.node = _filtered(node.node, "_paid")
+        node.args = [_filtered(argument, "_paid") for argument in node.args or ()]
+        return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)

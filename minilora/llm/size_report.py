@@ -45,7 +45,9 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a name (--list shows them), a config.json, or the folder of one")
     parser.add_argument("--list", action="store_true", help="the architectures that are known by name")
     parser.add_argument("--method", choices=METHODS, help="how it is trained (default: all three, side by side)")
-    parser.add_argument("-r", type=int, default=usual.r, metavar="RANK", help="LoRA's rank (default %(default)s)")
+    parser.add_argument(
+        "-r", "--r", type=int, default=usual.r, metavar="RANK", help="LoRA's rank (default %(default)s)"
+    )
     parser.add_argument(
         "--targets", default=ALL_LINEAR, metavar="NAMES", help="such as q_proj,v_proj (default %(default)s)"
     )

@@ -28,6 +28,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
@@ -51,7 +52,7 @@ HUGE_PAGE = 2**21
 _spare: deque[mmap.mmap] = deque(maxlen=1)
 
 BYTES = ir.VectorType(ir.IntType(8), 16)
-LOOK_UP = {  # the instruction that finds sixteen bytes in a table of sixteen
+INSTRUCTIONS = {  # what finds sixteen bytes in a table of sixteen, where the processor has it
     "x86_64": "llvm.x86.ssse3.pshuf.b.128",
     "AMD64": "llvm.x86.ssse3.pshuf.b.128",
     "arm64": "llvm.aarch64.neon.tbl1.v16i8",
@@ -333,8 +334,16 @@ def _weave(builder: Any, even: Any, odd: Any) -> list[Any]:
     return [builder.shuffle_vector(even, odd, ir.VectorType(ir.IntType(32), 16)(order)) for order in orders]
 
 
+def _look_up_instruction() -> str | None:
+    """Numba may compile for less than this machine has (NUMBA_CPU_NAME): LLVM then aborts on what is not there."""
+    name = INSTRUCTIONS.get(platform.machine())
+    on_x86 = name is not None and ".x86." in name
+    has_it = not os.environ.get("NUMBA_CPU_NAME") and get_host_cpu_features().get("ssse3", False)
+    return None if on_x86 and not has_it else name
+
+
 def _look_16_up(builder: Any, table: Any, codes: Any) -> Any:
-    instruction = LOOK_UP.get(platform.machine())
+    instruction = _look_up_instruction()
     if instruction:
         kind = ir.FunctionType(BYTES, [BYTES, BYTES])
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, instruction), [table, codes])

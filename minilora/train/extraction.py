@@ -69,8 +69,7 @@ def make_extraction(seed: int, n_train: int, n_test: int) -> Extraction:
     first, unseen_first = split(FIRST_NAMES, rng)
     last, unseen_last = split(LAST_NAMES, rng)
     shapes, unseen_shapes = split(SHAPES, rng)
-    fronts = first + last
-    first, last = first + blends(fronts, first, rng), last + blends(fronts, last, rng)
+    first, last = first + blends(first, rng), last + blends(last, rng)
     train = write(n_train, random.Random(f"{seed} train"), first, last, shapes)
     test = write(n_test, random.Random(f"{seed} test"), unseen_first, unseen_last, unseen_shapes)
     return Extraction(train, test)
@@ -83,15 +82,15 @@ def split(words: list[str], rng: random.Random, test_share: float = 0.2) -> tupl
     return shuffled[n_test:], shuffled[:n_test]
 
 
-def blends(fronts: list[str], backs: list[str], rng: random.Random) -> list[str]:
-    """Make as many new names as there are `backs`, each the front of one name and the back of another.
+def blends(names: list[str], rng: random.Random) -> list[str]:
+    """Make as many new names as there are `names`, each the front of one and the back of another.
 
     No blend is itself a name of these lists, so none gives away a name of the test.
     """
     real = {*FIRST_NAMES, *LAST_NAMES}
     made: set[str] = set()
-    while len(made) < len(backs):
-        front, back = rng.choice(fronts), rng.choice(backs)
+    while len(made) < len(names):
+        front, back = rng.sample(names, 2)
         blend = front[: rng.randint(2, max(2, len(front) - 1))] + back[-rng.randint(2, 4) :].lower()
         if blend not in real:
             made.add(blend)

@@ -12,7 +12,16 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
 
 # Each grows without end, in its own way.
 DOUBLING = "{% set ns = namespace(v='aaaaaaaaaa', w=[1]) %}{% for i in range(99) %}"
+NESTED = (
+    "{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(60) %}"
+    "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}"
+)
+
 BOMBS = {
+    "two deep lists compared by a test": NESTED + "{{ ns.a is eq ns.b }}",
+    "two deep lists compared by index": NESTED + "{{ [ns.a].index(ns.b) }}",
+    "two deep lists compared by max": NESTED + "{{ [ns.a, ns.b] | max | length }}",
+    "two deep lists compared by select": NESTED + "{{ [ns.a] | select('eq', ns.b) | list | length }}",
     "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "text doubled by ~": DOUBLING + "{% set ns.v = ns.v ~ ns.v %}{% endfor %}",
     "text doubled by +": DOUBLING + "{% set ns.v = ns.v + ns.v %}{% endfor %}",
@@ -37,6 +46,7 @@ BOMBS = {
 }
 
 FORBIDDEN = {
+    "{{ (1).to_bytes(9999999999, 'big') }}": "attribute 'to_bytes' of 'int' object is unsafe",
     "{{ 'a' * 9999999999 }}": r"str \* int is not offered",
     "{{ [[1]] * 3 }}": r"list \* int is not offered",
     "{{ 9 ** 9 ** 9 }}": r"int \*\* int is not offered",
@@ -106,6 +116,11 @@ def test_a_template_as_long_as_a_book_is_not_read():
         ValueError, match=f"the chat template has {MAX_SOURCE + 1} characters; at most {MAX_SOURCE} are read"
     ):
         ChatTemplate("x" * (MAX_SOURCE + 1))
+
+
+def test_filters_that_choose_work_beside_a_namespace():
+    source = "{% set ns = namespace(n=0) %}{% for m in messages | selectattr('role', 'eq', 'user') %}{{ m.role }}{% endfor %}"
+    assert ChatTemplate(source).render([{"role": "user"}, {"role": "system"}]) == "user"
 
 
 def test_a_long_conversation_fits_the_budget():

@@ -130,7 +130,7 @@ def test_every_float32_is_rounded_as_torch_rounds_it(dtype):
 
 
 def test_where_no_instruction_looks_sixteen_up_each_is_looked_up_alone(monkeypatch):
-    monkeypatch.setattr(kernels_cpu, "LOOK_UP", {})
+    monkeypatch.setattr(kernels_cpu, "INSTRUCTIONS", {})
     alone = numba.njit(kernels_cpu._dequantize_16_bits.py_func)
     monkeypatch.setattr(kernels_cpu, "_dequantize_16_bits", alone)
     quantized = blockwise.quantize(torch.randn(3, 64))
@@ -144,7 +144,7 @@ def test_where_no_instruction_looks_sixteen_up_each_is_looked_up_alone(monkeypat
     [("x86_64", "x86_64-unknown-linux-gnu", "ssse3", "pshufb"), ("arm64", "aarch64-unknown-linux-gnu", "neon", "tbl")],
 )
 def test_llvm_turns_sixteen_lookups_into_one_instruction(machine, triple, feature, instruction):
-    name, bytes16 = kernels_cpu.LOOK_UP[machine], "<16 x i8>"
+    name, bytes16 = kernels_cpu.INSTRUCTIONS[machine], "<16 x i8>"
     module = f"""
         target triple = "{triple}"
         declare {bytes16} @{name}({bytes16}, {bytes16})
@@ -271,3 +271,18 @@ def test_where_no_folder_can_be_written_kernels_are_compiled_all_the_same(monkey
     monkeypatch.setattr(numba, "njit", unwritable)
 
     assert kernels_cpu._compiled(lambda x: x + 1)(1) == 2
+
+
+GENERIC = """
+import torch
+from minilora.qlora import blockwise, kernels_cpu
+quantized = kernels_cpu.quantize(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)))
+for dtype in (torch.bfloat16, torch.float16):
+    assert torch.equal(kernels_cpu.dequantize(quantized, dtype), blockwise.dequantize(quantized, dtype))
+"""
+
+
+def test_a_numba_that_compiles_for_less_than_this_machine_has_gives_the_same(tmp_path):
+    """NUMBA_CPU_NAME=generic is usual where machines share a cache; LLVM aborts on an instruction it may not use."""
+    environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", GENERIC], env=environment, check=True)

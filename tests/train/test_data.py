@@ -89,5 +89,5 @@ def test_an_empty_batch_is_refused():
 
 
 def test_a_negative_label_is_refused():
-    with pytest.raises(ValueError, match=r"line 3 has the label -1: a label is a token, or -100 for no loss"):
+    with pytest.raises(ValueError, match=r"line 3 has the label -1: a label is a token's number, or -100 for no loss"):
         Sample([1, 2, 3], [-100, -1, 3], "line 3")
