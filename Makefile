@@ -24,7 +24,7 @@ help:
 	@echo "make clean     removes .venv and what tools left behind (not the base model)"
 
 lab: base
-	@echo "JupyterLab opens on notebooks/: begin with 03_lora_in_numpy.ipynb (blanks to fill in: notebooks/student/)"
+	@echo "JupyterLab opens on notebooks/: begin with student/03_lora_in_numpy.ipynb (solved: 03_lora_in_numpy.ipynb)"
 	@cd notebooks && ../$(VENV)/bin/jupyter lab $(LAB_ARGS)
 
 test: lint unit notebooks

@@ -254,11 +254,11 @@ def test_the_command_line_prints_where_everything_is_and_writes_the_numbers(tmp_
 
 
 @pytest.mark.long
-def test_the_demo_keeps_its_word(tmp_path):
+@pytest.mark.parametrize(("method", "goal"), [("lora", 0.95), ("qlora", 0.90)])
+def test_the_demo_keeps_its_word(tmp_path, method, goal):
     """Up to chance: a share of 200 answers scatters, and 16-bit rounding differs from processor to processor."""
-    goal = 0.90
     standard_error = (goal * (1 - goal) / 200) ** 0.5
-    numbers = run_demo(Settings(out=tmp_path), load_model).numbers()
+    numbers = run_demo(Settings(method=method, out=tmp_path), load_model).numbers()
 
     assert numbers["exact_before"] <= 0.05
     assert numbers["exact_after"] >= goal - 3 * standard_error

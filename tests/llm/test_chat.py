@@ -119,7 +119,8 @@ def test_a_template_as_long_as_a_book_is_not_read():
 
 
 def test_filters_that_choose_work_beside_a_namespace():
-    source = "{% set ns = namespace(n=0) %}{% for m in messages | selectattr('role', 'eq', 'user') %}{{ m.role }}{% endfor %}"
+    chosen = "{% for m in messages | selectattr('role', 'eq', 'user') %}{{ m.role }}{% endfor %}"
+    source = "{% set ns = namespace(n=0) %}" + chosen
     assert ChatTemplate(source).render([{"role": "user"}, {"role": "system"}]) == "user"
 
 
