@@ -12,14 +12,10 @@ torch's for the cores, and die in a forked child. They are compiled at first use
 """
 
 import math
-import mmap
 import os
 import platform
-import weakref
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -44,12 +40,10 @@ from minilora.qlora.blockwise import (
     double_quantize,
 )
 from minilora.qlora.codebooks import NF4, Codebook, dynamic_map
+from minilora.qlora.spare_memory import empty
 
 TABLES_AT_A_TIME = 64  # blocks whose 16 weights are rounded before any is looked up: 2 KiB, near the core
 WEIGHTS_A_THREAD = 2**21  # about 0.8 ms of work; below that a second thread loses more against torch's waiting ones
-SPARED_FROM = 2**25  # bytes; what is smaller is kept by malloc for the next tensor
-HUGE_PAGE = 2**21
-_spare: deque[mmap.mmap] = deque(maxlen=1)
 
 BYTES = ir.VectorType(ir.IntType(8), 16)
 INSTRUCTIONS = {  # what finds sixteen bytes in a table of sixteen, where the processor has it
@@ -103,7 +97,7 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
         return dequantize(quantized, torch.float32).to(dtype)
     n_blocks, rest = divmod(math.prod(quantized.shape), block_size)
     units = _block_units(quantized)
-    weights = _empty(n_blocks * block_size + rest, dtype)
+    weights = empty(n_blocks * block_size + rest, dtype)
     arguments = (packed.numpy(), units.numpy(), _bits(weights))
     if dtype == torch.float32:
         _in_threads(_dequantize_float32, n_blocks, block_size, *arguments, _pairs(codebook))
@@ -154,38 +148,6 @@ def _pairs(codebook: Codebook) -> np.ndarray:
 def _bits(flat: Tensor) -> np.ndarray:
     """Look at floats as the unsigned integers that hold them, without a copy: NumPy has no bfloat16."""
     return flat.view(torch.uint32 if flat.dtype == torch.float32 else torch.uint16).numpy()
-
-
-def _empty(count: int, dtype: torch.dtype) -> Tensor:
-    """Make an empty tensor; a large one where the last large one was, once that is gone.
-
-    The system clears new memory at first touch, 4 KiB at a time, and that takes three times as long as the kernel that
-    fills it. malloc gives memory of this size back at once; here one piece is kept for the next weight, in huge pages,
-    and marked as free: the system may take it when it needs memory.
-    """
-    n_bytes = count * dtype.itemsize
-    if n_bytes < SPARED_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=dtype)
-    try:
-        memory = _spare.pop()
-    except IndexError:
-        memory = None
-    if memory is None or len(memory) < n_bytes:
-        memory = mmap.mmap(-1, -(-n_bytes // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        _advise(memory, mmap.MADV_HUGEPAGE)
-    owner = memoryview(memory)  # lives as long as the tensor's storage
-    weakref.finalize(owner, _keep, memory).atexit = False
-    return torch.frombuffer(owner, dtype=dtype, count=count)
-
-
-def _keep(memory: mmap.mmap) -> None:
-    _advise(memory, mmap.MADV_FREE)
-    _spare.append(memory)
-
-
-def _advise(memory: mmap.mmap, advice: int) -> None:
-    with suppress(OSError):  # a system that does not know the advice does without
-        memory.madvise(advice)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

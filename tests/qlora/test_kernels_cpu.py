@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.qlora import FP4, INT4, NF4, Quantized, blockwise, kernels_cpu
+from minilora.qlora import FP4, INT4, NF4, Quantized, blockwise, kernels_cpu, spare_memory
 from minilora.qlora.blockwise import BLOCK_SIZES, NestedAbsmax
 
 FORMATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -84,7 +84,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, n_threads):
 
 
 def large(dtype: torch.dtype, times: int = 1) -> Quantized:
-    n_blocks = times * kernels_cpu.SPARED_FROM // (64 * dtype.itemsize) + 1
+    n_blocks = times * spare_memory.SPARED_FROM // (64 * dtype.itemsize) + 1
     packed = torch.randint(256, (32 * n_blocks,), dtype=torch.uint8)
     return Quantized(packed, torch.rand(n_blocks), NF4, 64, (n_blocks, 64))
 
@@ -101,7 +101,7 @@ def test_a_large_weight_takes_the_place_of_the_one_before_it():
     quantized = large(torch.bfloat16)
     place = kernels_cpu.dequantize(quantized, torch.bfloat16).data_ptr()
     # These would get that place from the system, had it been given back.
-    others = [torch.empty(kernels_cpu.SPARED_FROM, dtype=torch.uint8) for _ in range(8)]
+    others = [torch.empty(spare_memory.SPARED_FROM, dtype=torch.uint8) for _ in range(8)]
 
     assert place not in [other.data_ptr() for other in others]
     assert kernels_cpu.dequantize(quantized, torch.bfloat16).data_ptr() == place
