@@ -6,8 +6,8 @@
     python benchmarks/training_step.py --json FILE              the same numbers as JSON
 
 The work: SmolLM2-135M, r 16 on all linear layers (4,884,480 trainable), 4 rows of 256 tokens that all carry loss;
-forward, backward, one step of torch's AdamW. Same base weights, same tokens; both must count the same parameters and
-find the same loss, or nothing is printed.
+forward, backward, one step of torch's fused AdamW. Same base weights, same tokens; both must count the same parameters
+and find the same loss, or nothing is printed.
 
 Every measurement is a process of its own. A time is the median of its steps after the first. Peak memory is the
 process's peak resident set after the model is loaded (VmHWM, reset through /proc/self/clear_refs); the peak of its
@@ -96,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     build = {"ours": ours, "peft": peft}[options.side]
     model, loss_of = build(method, getattr(torch, dtype), options.rank)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     tokens = torch.randint(0, 49152, (options.batch, options.tokens), generator=torch.Generator().manual_seed(0))
     before = peak_gib()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here on

@@ -159,7 +159,8 @@ def fine_tune(model: Decoder, samples: Sequence[Sample], tokenizer: Tokenizer, s
     """Train the adapter that is in the model, every sample once, under a progress bar."""
     assert tokenizer.pad is not None
     batches = make_batches(samples, BATCH_SIZE, tokenizer.pad, settings.seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr, weight_decay=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)  # unfused: a dozen passes each
     schedule = warmup_then_decay(len(batches), n_warmup=len(batches) // 10)
     with progress_bar(len(batches)) as listener:
         return train(model, batches, optimizer, schedule, listeners=[listener])
