@@ -39,7 +39,7 @@ class SimpleAttention(nn.Module):
 
 
 def adapt(model: nn.Module, names: tuple[str, ...], wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Put `wrap` of it in the place of each named child, and give the model back. (Lesson 05 does it by any name.)"""
+    """Put `wrap` of it in the place of each named child, and give the model back. (The package's `inject` does it by any name.)"""
     for name in names:
         setattr(model, name, wrap(getattr(model, name)))
     return model
