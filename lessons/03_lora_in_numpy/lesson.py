@@ -33,7 +33,8 @@ import numpy as np
 from minilora.classroom.costs import BypassCost, human_bytes
 from minilora.classroom.evidence import claim, expect_bug
 from minilora.classroom.bets import predict, settle
-from minilora.classroom.exercises import check, examine, find_exercise, hint, overview
+from minilora.classroom.exercises import check, examine, find_exercise, overview
+from minilora.classroom.exercises import hint  # noqa: F401  for you: hint("03.1")
 from minilora.classroom.lessons import lesson_module
 from minilora.classroom.explorer import explorer, show
 from minilora.classroom.instrumented import watch

@@ -38,7 +38,8 @@ from torch.autograd import gradcheck
 from minilora.classroom.costs import human_bytes
 from minilora.classroom.evidence import claim, expect_bug
 from minilora.classroom.bets import predict, settle
-from minilora.classroom.exercises import check, examine, find_exercise, hint, is_stub, overview
+from minilora.classroom.exercises import check, examine, find_exercise, is_stub, overview
+from minilora.classroom.exercises import hint  # noqa: F401  for you: hint("04.1")
 from minilora.classroom.lessons import lesson_module
 from minilora.classroom.explorer import explorer, show
 from minilora.classroom.parameter_tree import EVERYTHING, parameter_tree as tree_of
