@@ -11,6 +11,7 @@ written; `lessons.py` finds them.
 import contextlib
 import copy
 import dis
+import functools
 import inspect
 import io
 import traceback
@@ -144,15 +145,31 @@ def check(exercise_id: str, function: Callable) -> Result:
 def examine(exercise: Exercise, function: Callable, seeds: Sequence[int] = VISIBLE_SEEDS) -> Result:
     """Try a function against an exercise on the inputs of these seeds; record nothing.
 
-    What the function prints is shown once, for the first inputs.
+    What the function prints is shown for its first call only (for a class: for the first inputs).
     """
     cases = [exercise.generate(np.random.default_rng(seed)) for seed in seeds]
-    if is_stub(function) or any(_is_unfinished(_outcome(exercise, function, case)) for case in cases[:1]):
+    if is_stub(function) or any(_is_unfinished(_outcome(exercise, _heard_once(function), case)) for case in cases[:1]):
         result = Result(exercise=exercise, status="not started", function=exercise.reference)
     else:
         with contextlib.redirect_stdout(io.StringIO()):
             result = _judged(exercise, function, cases)
     return Result(**{**vars(result), "message": _message(result)})
+
+
+def _heard_once(function: Callable) -> Callable:
+    """The function, silent from its second call on; a class as it is."""
+    if isinstance(function, type):
+        return function
+    volume: contextlib.AbstractContextManager = contextlib.nullcontext()
+
+    @functools.wraps(function)
+    def heard(*inputs: Any, **named: Any) -> Any:
+        nonlocal volume
+        with volume:
+            volume = contextlib.redirect_stdout(io.StringIO())
+            return function(*inputs, **named)
+
+    return heard
 
 
 def _judged(exercise: Exercise, function: Callable, cases: list[Case]) -> Result:
