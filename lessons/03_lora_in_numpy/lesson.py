@@ -48,6 +48,9 @@ np.set_printoptions(precision=4, suppress=True)
 # %% [markdown]
 # ## 1 · Warm-up
 #
+# <!-- quiz: warm-up -->
+
+# %% [markdown]
 # **Rank, in six lines.** A column times a row is an *outer product*: a whole matrix from few numbers, of rank 1. A
 # matrix of rank r is a sum of r of them, and not of fewer. `B A`, with B (out, r) and A (r, in), is such a sum: column
 # i of B times row i of A, for i = 1 … r, so its rank is at most r. The SVD writes any matrix as such a sum with pieces
@@ -63,9 +66,6 @@ for r in (1, 3, 6):
     error, tail = np.linalg.norm(M - cut), np.linalg.norm(sigma[r:])
     print(f"rank {np.linalg.matrix_rank(cut)}: the error is {error:.4f}, the tail {tail:.4f}")
     assert abs(error - tail) < 1e-12
-
-# %% [markdown]
-# <!-- quiz: warm-up -->
 
 # %% [markdown] tags=["slide"]
 # ## 2 · The problem
