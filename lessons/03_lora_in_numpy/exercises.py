@@ -103,6 +103,11 @@ FORWARD = Exercise(
             why="You divided by the number of columns of A, which is in; r is its number of rows.",
         ),
         Bug(
+            name="r read from B's rows",
+            function=lambda x, W, A, B, alpha: x @ W.T + (alpha / B.shape[0]) * (x @ A.T) @ B.T,
+            why="You divided by the number of rows of B, which is out; r is its number of columns, and of A's rows.",
+        ),
+        Bug(
             name="the highway scaled too",
             function=lambda x, W, A, B, alpha: (alpha / len(A)) * (x @ W.T + (x @ A.T) @ B.T),
             why="You scaled the whole sum: the frozen layer must come through as it was.",
@@ -268,6 +273,17 @@ BACKWARD = Exercise(
             why="dx = dy W + du A with du = s · dy B: you left the factor alpha / r out of dx.",
         ),
         Bug(
+            name="scaled twice",
+            function=_with(lambda dx, dA, dB, *, s, dy, x, W, A, B: (dy @ W + s**2 * dy @ B @ A, s * dA, dB)),
+            why="du = s · dy B carries alpha / r already; you multiplied by it again in dA and in dx.",
+        ),
+        Bug(
+            name="B transposed in du",
+            function=_with(lambda dx, dA, dB, *, s, dy, x, W, A, B: dy @ B.T),
+            why="dy is (n, out) and B is (out, r): du, of shape (n, r), is s · dy B, without a transpose.",
+            link="5 · Derivation",
+        ),
+        Bug(
             name="mean over the rows",
             function=_with(lambda dx, dA, dB, *, s, dy, x, W, A, B: (dx, dA / len(x), dB / len(x))),
             why="You averaged over the rows. Where the loss is a mean, dy carries the 1 / n already: rows are summed.",
@@ -346,6 +362,15 @@ def recovers_the_update(function: Callable, case: Case) -> str | None:
     return None if error <= 1e-3 else f"after training, B A is {error:.2g} of the planted update away from it"
 
 
+def takes_these_steps(function: Callable, case: Case) -> str | None:
+    """After five batches A and B stand where plain SGD on this loss leads, to 10⁻⁶ of the largest entry."""
+    for name, got, want in zip("AB", first_steps(function, case), first_steps(train, case), strict=True):
+        away, largest = np.max(np.abs(got - want)), np.max(np.abs(want))
+        if not away <= 1e-6 * largest:
+            return f"after five batches {name} is off by up to {away:.2g}, where entries reach {largest:.2g}"
+    return None
+
+
 def both_move(function: Callable, case: Case) -> str | None:
     """A and B both end elsewhere than they began."""
     A, B = trained(function, case)
@@ -354,17 +379,24 @@ def both_move(function: Callable, case: Case) -> str | None:
 
 
 def _training(
-    direction: float = -1.0, moves_A: bool = True, sums: bool = False, only: int | None = None, restarts: bool = False
+    direction: float = -1.0,
+    moves_A: bool = True,
+    per: Callable = len,
+    only: int | None = None,
+    restarts: bool = False,
+    in_turn: bool = False,
 ) -> Callable:
     """A wrong `train` that differs from the right one in one of these."""
 
     def wrong(batches: list, W: ndarray, A: ndarray, B: ndarray, alpha: float, lr: float) -> tuple[ndarray, ndarray]:
         begin_A, begin_B = A, B
         for x, y in batches[:only]:
-            dy = (lora_forward(x, W, A, B, alpha) - y) / (1 if sums else len(x))
+            dy = (lora_forward(x, W, A, B, alpha) - y) / per(y)
             _, dA, dB = lora_backward(dy, x, W, A, B, alpha)
             start_A, start_B = (begin_A, begin_B) if restarts else (A, B)
             A = start_A + direction * lr * dA if moves_A else A
+            if in_turn:
+                _, _, dB = lora_backward(dy, x, W, A, B, alpha)
             B = start_B + direction * lr * dB
         return A, B
 
@@ -387,6 +419,7 @@ TRAINING = Exercise(
     properties=(
         Property(name="A and B both move", test=both_move),
         Property(name="the planted rank-3 update is recovered to 1e-3", test=recovers_the_update),
+        Property(name="each step is one of SGD on ½ ‖h − y‖², averaged over the rows", test=takes_these_steps),
     ),
     hints=(
         "One step: run forward, turn the error into dy, run backward, move A and B a little against their gradients.",
@@ -408,9 +441,24 @@ TRAINING = Exercise(
         ),
         Bug(
             name="summed over the rows",
-            function=_training(sums=True),
+            function=_training(per=lambda y: 1),
             why="You did not divide by the number of rows: the step is 32 times as long as lr says.",
             link="8 · Break it",
+        ),
+        Bug(
+            name="factor 2",
+            function=_training(per=lambda y: len(y) / 2),
+            why="The loss has a ½ in front, which the square's 2 cancels: dy = (h − y) / n. Yours is twice as long.",
+        ),
+        Bug(
+            name="mean over all entries",
+            function=_training(per=np.size),
+            why="You divided by all entries of h, rows times columns; the loss is averaged over the rows only.",
+        ),
+        Bug(
+            name="A before B",
+            function=_training(in_turn=True),
+            why="You moved A, then took B's gradient with the new A: both gradients belong to where the step began.",
         ),
         Bug(
             name="one batch only",

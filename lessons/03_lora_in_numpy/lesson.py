@@ -12,7 +12,8 @@
 # * **You will be able to** *write* LoRA's forward pass without ever building a matrix as large as the weight; *derive*
 #   its three gradients by hand and *check* them by differences; *explain* which of A and B learns first, and why one of
 #   them must start at zero.
-# * **You need** matrix products and transposes, the chain rule, rank and the SVD (lesson 02).
+# * **You need** matrix products and transposes, the chain rule. What is needed of rank and the SVD stands in section 1;
+#   a lesson of its own, 02, is planned.
 # * **Minutes**: read 25 · exercises 35 · stretch and explain 25.
 # * **Runs on** any CPU in under a minute; NumPy is enough. No GPU.
 
@@ -33,6 +34,7 @@ from minilora.classroom.costs import BypassCost, human_bytes
 from minilora.classroom.evidence import claim, expect_bug
 from minilora.classroom.bets import predict, settle
 from minilora.classroom.exercises import check, examine, find_exercise, overview
+from minilora.classroom.exercises import hint  # noqa: F401  for you: hint("03.1")
 from minilora.classroom.lessons import lesson_module
 from minilora.classroom.explorer import explorer, show
 from minilora.classroom.instrumented import watch
@@ -48,14 +50,35 @@ np.set_printoptions(precision=4, suppress=True)
 #
 # <!-- quiz: warm-up -->
 
+# %% [markdown]
+# **Rank, in six lines.** A column times a row is an *outer product*: a whole matrix from few numbers, of rank 1. A
+# matrix of rank r is a sum of r of them, and not of fewer. `B A`, with B (out, r) and A (r, in), is such a sum: column
+# i of B times row i of A, for i = 1 … r, so its rank is at most r. The SVD writes any matrix as such a sum with pieces
+# at right angles, the largest first; their sizes are the *singular values* σ₁ ≥ σ₂ ≥ …, and their squares add up to
+# the square of the matrix' norm. Keep the first r pieces: no matrix of rank r comes closer (Eckart and Young), and the
+# error is the tail that you left out, √(σᵣ₊₁² + σᵣ₊₂² + …).
+
+# %%
+M = np.random.default_rng(0).normal(size=(6, 8))
+U, sigma, Vh = np.linalg.svd(M, full_matrices=False)
+for r in (1, 3, 6):
+    cut = sum(sigma[i] * np.outer(U[:, i], Vh[i]) for i in range(r))  # r outer products
+    error, tail = np.linalg.norm(M - cut), np.linalg.norm(sigma[r:])
+    print(f"rank {np.linalg.matrix_rank(cut)}: the error is {error:.4f}, the tail {tail:.4f}")
+    assert abs(error - tail) < 1e-12
+
 # %% [markdown] tags=["slide"]
 # ## 2 · The problem
 #
 # You have a trained layer and want it to do something slightly different. Its weight `W` is 4096 × 4096, as in a
 # 7-billion-parameter model, which has 224 linear layers of this size and larger. To train `W` itself you hold its
 # gradient and Adam's two averages beside it, each as large as `W`: three more matrices for every one you have. What you
-# learn is a change `ΔW`, and lesson 02 showed that a change of low rank can be written with far fewer numbers. So keep
-# `W` still, learn the thin factors of the change, and be careful never to multiply them out.
+# learn is a change `ΔW`, and a change of low rank can be written with far fewer numbers. So keep `W` still, learn the
+# thin factors of the change, and be careful never to multiply them out.
+#
+# That is **LoRA**, low-rank adaptation: `ΔW = s · B A`, with `A` (r, in), `B` (out, r) and `s = alpha / r`. Only `A`
+# and `B` are trained; together they are the *adapter*. `alpha` sets how strong the change is. Dividing by r keeps that
+# strength comparable when you try another rank, because a sum of more outer products is larger.
 #
 # The number that hurts: **192 MiB** of gradient and optimizer state to nudge one 64 MiB matrix, and there are 224 of
 # them.
@@ -187,12 +210,12 @@ show(
 # times the movement of `h`. Move the four things one at a time.
 #
 # ```
-# what moves   what that moves       and the loss by                             so
-# δB           h by s · u δBᵀ        Σ dy · (s u δBᵀ)  =  Σ δB · (s dyᵀ u)       dB = s · dyᵀ u
-# δu           h by s · δu Bᵀ        Σ dy · (s δu Bᵀ)  =  Σ δu · (s dy B)        du = s · dy B
-# δA           u by x δAᵀ            Σ du · (x δAᵀ)    =  Σ δA · (duᵀ x)         dA = duᵀ x
-# δx           h by δx Wᵀ,           Σ dy · (δx Wᵀ) + Σ du · (δx Aᵀ)
-#              and u by δx Aᵀ                          =  Σ δx · (dy W + du A)   dx = dy W + du A
+# what moves  what that moves   and the loss by                            so
+# δB          h by s · u δBᵀ    Σ dy · (s u δBᵀ) = Σ δB · (s dyᵀ u)        dB = s · dyᵀ u
+# δu          h by s · δu Bᵀ    Σ dy · (s δu Bᵀ) = Σ δu · (s dy B)         du = s · dy B
+# δA          u by x δAᵀ        Σ du · (x δAᵀ)   = Σ δA · (duᵀ x)          dA = duᵀ x
+# δx          h by δx Wᵀ,       Σ dy · (δx Wᵀ) + Σ du · (δx Aᵀ)
+#             and u by δx Aᵀ                     = Σ δx · (dy W + du A)    dx = dy W + du A
 # ```
 #
 # **Shapes as a check.** `dB` must have the shape of `B`, (out, r). From `dy` (n, out) and `u` (n, r) there is one
@@ -325,7 +348,7 @@ settle("03.zero", "both" if all(zero.values()) else next((name for name in zero 
 
 # %% [markdown]
 # **The planted change.** Rank 3, singular values 3, 2, 1. We train adapters with r = 1, 2, 3 and 4 on the same batches.
-# By Eckart and Young (lesson 02) no matrix of rank r can come closer than the tail of the singular values: those floors
+# By Eckart and Young (section 1) no matrix of rank r can come closer than the tail of the singular values: those floors
 # are the dashed lines.
 
 # %%

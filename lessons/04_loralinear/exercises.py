@@ -4,6 +4,7 @@ The inputs are generic on purpose: in ≠ out, r ≠ alpha, a base with a bias, 
 module *is* (which tensors it registers, what trains, where dropout acts) is put into words, which are compared.
 """
 
+import contextlib
 import copy
 import math
 import warnings
@@ -39,7 +40,7 @@ class SimpleAttention(nn.Module):
 
 
 def adapt(model: nn.Module, names: tuple[str, ...], wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Put `wrap` of it in the place of each named child, and give the model back. (Lesson 05 does it by any name.)"""
+    """Put `wrap` of it in the place of each named child, and give the model back; `inject` finds them by name."""
     for name in names:
         setattr(model, name, wrap(getattr(model, name)))
     return model
@@ -379,6 +380,16 @@ class ThroughData(RightLayer):
         return self.scaling * (x @ self.A.data.T) @ self.B.data.T
 
 
+class ForgottenDropout(RightLayer):
+    def drop(self, x: Tensor) -> Tensor:
+        return x
+
+
+class UnscaledUpdate(RightLayer):
+    def delta_weight(self) -> Tensor:
+        return self.B @ self.A
+
+
 class FormsTheProduct(RightLayer):
     def bypass(self, x: Tensor) -> Tensor:
         return x @ self.delta_weight().T
@@ -506,6 +517,17 @@ MODULE = Exercise(
             link="lesson 03",
         ),
         Bug(
+            name="delta_weight without scaling",
+            function=UnscaledUpdate,
+            why="delta_weight() gave B A; what forward adds is (alpha / r) · B A, and a merge must add the same.",
+            link="5 · Derivation",
+        ),
+        Bug(
+            name="dropout forgotten",
+            function=ForgottenDropout,
+            why="dropout= is taken and never used: the bypass's input is F.dropout(x, p, self.training).",
+        ),
+        Bug(
             name="dropout on the layer's output",
             function=DropsTheOutput,
             why="You drop from the sum, and with it what the frozen layer knows. Drop the bypass's input only.",
@@ -534,17 +556,18 @@ MODULE = Exercise(
 
 
 class Block(nn.Module):
-    """A network full of traps: a norm, a parameter that is called A but is no adapter's, and adapters at two depths."""
+    """A network full of traps: a norm, parameters called A that are no adapter's, and adapters, at two depths each."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(8)
+        self.norm.A = nn.Parameter(tensor(rng, 8))
         self.attention = SimpleAttention(8)
         self.A = nn.Parameter(tensor(rng, 8))
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x + self.A * self.attention(self.norm(x)))
+        return self.head(x + self.A * self.attention(self.norm.A * self.norm(x)))
 
 
 def model_inputs(rng: np.random.Generator) -> Case:
@@ -727,6 +750,16 @@ FREEZE = Exercise(
             "layer's class.",
         ),
         Bug(
+            name="by the end of its name",
+            function=_freezing(
+                lambda model, lora_class: (
+                    each for name, each in model.named_parameters() if name.endswith((".A", ".B"))
+                )
+            ),
+            why="You went by the end of the name, and a norm of this model has a parameter A of its own: ask for the "
+            "layer's class.",
+        ),
+        Bug(
             name="children only",
             function=_freezing(
                 lambda model, lora_class: (
@@ -845,18 +878,24 @@ def gradients_are_right(layer: nn.Module, x: Tensor) -> bool:
 
 
 def verdicts(function: Callable, case: Case) -> dict[str, str]:
-    """What a test says about each specimen."""
-    return {name: verdict(function, specimen(name, case), case["x"].clone()) for name in SPECIMENS}
+    """What a test says about each specimen; where it raises on all of them, the first exception comes out."""
+    said, errors = {}, []
+    for name in SPECIMENS:
+        try:
+            said[name] = verdict(function, specimen(name, case), case["x"].clone())
+        except Exception as error:
+            errors.append(error)
+            said[name] = f"raised {type(error).__name__}"
+    if len(errors) == len(SPECIMENS):
+        raise errors[0]
+    return said
 
 
 def verdict(function: Callable, layer: nn.Module, x: Tensor) -> str:
     """Accepted, rejected, or what came instead."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # gradcheck warns of float32: the verdict shows it
-        try:
-            answer = function(layer, x)
-        except Exception as error:
-            return f"raised {type(error).__name__}"
+        answer = function(layer, x)
     return {True: "accepted", False: "rejected"}[answer] if isinstance(answer, bool) else f"answered {answer!r:.40}"
 
 
@@ -864,7 +903,8 @@ def leaves_the_layer_alone(function: Callable, case: Case) -> str | None:
     """Numbers, dtype, mode and flags of the layer and of x are those of before."""
     layer, x = specimen("a right layer with dropout", case), case["x"].clone()
     before = copy.deepcopy(layer)
-    verdict(function, layer, x)
+    with contextlib.suppress(Exception):  # the values have told of it
+        verdict(function, layer, x)
     changed = [
         name
         for (name, old), new in zip(before.named_parameters(), layer.parameters(), strict=True)
@@ -919,6 +959,12 @@ GRADIENTS = Exercise(
         "raise_exception=False.",
     ),
     bugs=(
+        Bug(
+            name="gradcheck as it is",
+            function=lambda layer, x: gradcheck(layer, (x,)),
+            why="gradcheck moves only inputs that require a gradient, and x comes without: make a copy of it that "
+            "does, in float64.",
+        ),
         Bug(
             name="in float32",
             function=_testing(dtype=torch.float32),

@@ -39,6 +39,7 @@ from minilora.classroom.costs import human_bytes
 from minilora.classroom.evidence import claim, expect_bug
 from minilora.classroom.bets import predict, settle
 from minilora.classroom.exercises import check, examine, find_exercise, is_stub, overview
+from minilora.classroom.exercises import hint  # noqa: F401  for you: hint("04.1")
 from minilora.classroom.lessons import lesson_module
 from minilora.classroom.explorer import explorer, show
 from minilora.classroom.parameter_tree import EVERYTHING, parameter_tree as tree_of
@@ -214,14 +215,17 @@ for kind in ("tensor", "buffer", "parameter", "frozen"):
 # you run it.
 #
 # ```
-# x = [1 2 3]    W = [1 0 0]   b = [10 20]   A = [1 0 1]   B = [ 1]   alpha = 2, r = 1, so s = 2     dy = [1 2]
+# x = [1 2 3]    W = [1 0 0]   b = [10 20]   A = [1 0 1]   B = [ 1]   dy = [1 2]
 #                    [0 1 0]                                   [-1]
+# alpha = 2, r = 1, so s = 2
 #
-# trains:    A 3 + B 2 = 5 numbers           frozen: W 6 + b 2 = 8           Adam would keep 5 · 8 = 40 bytes
-# before:    u = 1 + 3 = 4                   h = [1 2] + [10 20] + 2 · 4 · [1 -1]             = [19 14]
-# gradient:  dA = [-2 -4 -6]                 dB = [8 16]ᵀ                     as in lesson 03: the bias changes nothing
-# step:      A = [1.2 0.4 1.6]               B = [0.2 -2.6]ᵀ                  W and b stay
-# after:     u = 1.2 + 0.8 + 4.8 = 6.8       h = [1 2] + [10 20] + 2 · 6.8 · [0.2 -2.6]       = [13.72 -13.36]
+# trains:    A 3 + B 2 = 5 numbers, for which Adam would keep 5 · 8 = 40 bytes
+# frozen:    W 6 + b 2 = 8 numbers
+# before:    u = 1 + 3 = 4             h = [1 2] + [10 20] + 2 · 4 · [1 -1] = [19 14]
+# gradient:  dA = [-2 -4 -6]           dB = [8 16]ᵀ      as in lesson 03, bias or not
+# step:      A = [1.2 0.4 1.6]         B = [0.2 -2.6]ᵀ   W and b stay
+# after:     u = 1.2 + 0.8 + 4.8 = 6.8
+#            h = [1 2] + [10 20] + 2 · 6.8 · [0.2 -2.6] = [13.72 -13.36]
 # ```
 
 # %%
@@ -284,7 +288,7 @@ class LoRALinear(nn.Module):
 
 
 # %%
-LoRALinear = check("04.1", LoRALinear).function
+Layer = check("04.1", LoRALinear).function
 
 # %% [markdown]
 # **04.2 · Freeze all but LoRA.** Your layer freezes what it wraps. The rest of the network knows nothing of it. The
@@ -326,7 +330,7 @@ def gradients_are_right(layer, x):
     # END SOLUTION
 
 
-gradients_are_right = check("04.3", gradients_are_right).function
+gradients_agree = check("04.3", gradients_are_right).function
 
 # %% [markdown]
 # ## 7 · Run it, then settle the bets
@@ -335,7 +339,7 @@ gradients_are_right = check("04.3", gradients_are_right).function
 
 
 # %%
-def adapted(block, r, layer_class=LoRALinear, **settings):
+def adapted(block, r, layer_class=Layer, **settings):
     """A copy of the block with an adapter on q_proj and v_proj."""
 
     def wrap(base):
@@ -351,7 +355,7 @@ def trainable(model):
 torch.manual_seed(0)
 block = adapted(SimpleAttention(512), r=8)
 forgotten = trainable(block)
-train, total = freeze(block, LoRALinear)
+train, total = freeze(block, Layer)
 print(f"only the wrapped weights frozen: {forgotten:>9,} train")
 print(f"all but A and B frozen:          {train:>9,} train, of {total:,}")
 assert (forgotten, train, total) == (540_672, 16_384, 1_064_960)
@@ -389,8 +393,8 @@ x = torch.randn(256, 512, requires_grad=True)
 layers = {
     "trained": nn.Linear(512, 512),
     "frozen": nn.Linear(512, 512).requires_grad_(False),
-    "LoRA, r = 8": LoRALinear(nn.Linear(512, 512), r=8, alpha=16.0),
-    "LoRA with dropout": LoRALinear(nn.Linear(512, 512), r=8, alpha=16.0, dropout=0.1),
+    "LoRA, r = 8": Layer(nn.Linear(512, 512), r=8, alpha=16.0),
+    "LoRA with dropout": Layer(nn.Linear(512, 512), r=8, alpha=16.0, dropout=0.1),
 }
 held = {name: lesson.kept_bytes(layer, x) / (4 * x.numel()) for name, layer in layers.items()}
 for name, share in held.items():
@@ -415,7 +419,7 @@ case = lesson.layer_inputs(np.random.default_rng(3))
 W, b, x, A, B, dy = (case[k].detach().double().numpy() for k in ("W", "b", "x", "A", "B", "dy"))
 oracle = [lora_forward(x, W, A, B, 8.0) + b, *lora_backward(dy, x, W, A, B, 8.0)]
 for dtype, allowed in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
-    layer = lesson.put(lesson.built(LoRALinear, case), case["A"], case["B"]).to(dtype)
+    layer = lesson.put(lesson.built(Layer, case), case["A"], case["B"]).to(dtype)
     rows = torch.tensor(x, dtype=dtype, requires_grad=True)
     h = layer(rows)
     h.backward(case["dy"].to(dtype))
@@ -423,7 +427,7 @@ for dtype, allowed in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
     away = max(np.max(np.abs(one - other)) / np.max(np.abs(other)) for one, other in zip(ours, oracle, strict=True))
     print(f"{dtype!s:<14} h, dx, dA and dB are lesson 03's to {allowed:.0e} of the largest entry: {away < allowed}")
     assert away < allowed
-assert gradients_are_right(LoRALinear(nn.Linear(5, 4), r=2, alpha=6.0), torch.ones(2, 5))
+assert gradients_agree(Layer(nn.Linear(5, 4), r=2, alpha=6.0), torch.ones(2, 5))
 
 # %% [markdown]
 # **A network that learns.** A teacher is a copy of a small attention block in which `q_proj` and `v_proj` got a
@@ -447,7 +451,7 @@ def fine_tune(model, batches, lr=0.01):
 
 block, planted, batches = lesson.imitation(np.random.default_rng(4), dim=24, steps=400)
 student = adapted(block, r=4)
-train, total = freeze(student, LoRALinear)
+train, total = freeze(student, Layer)
 losses = fine_tune(student, batches, lr=0.02)
 print(f"{train:,} of {total:,} parameters train; the loss falls to a thousandth: {losses[-1] < losses[0] / 1000}")
 assert losses[0] > 1000 * losses[-1]
@@ -473,7 +477,7 @@ for name, found in values.items():
 # %%
 for width in (24, 512, 4096):
     with torch.device("meta"):  # shapes without numbers: no memory at all
-        layer = LoRALinear(nn.Linear(width, width, bias=False), r=4, alpha=8.0)
+        layer = Layer(nn.Linear(width, width, bias=False), r=4, alpha=8.0)
     count = layer.A.numel() + layer.B.numel()
     print(f"{width:>5} × {width:<5} r = 4: {count:>7,} numbers, {count / layer.base.weight.numel():.2%} of the weight")
 
@@ -529,7 +533,7 @@ with expect_bug(RuntimeError, match="second merge would add the update twice"):
     package.q_proj.merge()
 package.q_proj.unmerge()
 
-# wrapping by name, freezing and counting in one call: lesson 05
+# wrapping by name, freezing and counting in one call (a lesson on it, 05, is planned)
 print(inject(SimpleAttention(512), ["q_proj", "v_proj"], lambda base: PackageLoRALinear(base, r=8, alpha=16)))
 
 # %% [markdown] tags=["slide"]
@@ -545,10 +549,10 @@ cases = {
     "1": (bug("both zero"), freeze, 0.0),
     "2": (bug("A stored as (in, r)"), freeze, 0.0),
     "3": (bug("dropout on the layer's output"), freeze, 0.1),
-    "4": (LoRALinear, frozen_by("only the wrapped layers"), 0.0),
+    "4": (Layer, frozen_by("only the wrapped layers"), 0.0),
 }
 curves, sick = {}, {}
-for name, (layer_class, freezing, dropout) in {"healthy": (LoRALinear, freeze, 0.0), **cases}.items():
+for name, (layer_class, freezing, dropout) in {"healthy": (Layer, freeze, 0.0), **cases}.items():
     torch.manual_seed(1)
     sick[name] = adapted(block, r=2, layer_class=layer_class, dropout=dropout)
     freezing(sick[name], layer_class)
@@ -587,6 +591,7 @@ assert arrival[1] > 2 * arrival[0]
 # A is stored as (in, r) and the forward pass says `x @ A`: the same product, and the same line `kaiming_uniform_(A,
 # a=√5)`. But the second axis is r now, so A starts √(in / r) = 3.5 times too loud, and Adam turns a large A with
 # small steps. At real widths it is worse, as the next figure shows.
+# </details>
 #
 # <details><summary><b>Patient 3</b>, who stops too early</summary>
 #
@@ -658,7 +663,7 @@ print("in its file:", sorted(plain.state_dict()))
 case = lesson.gradient_inputs(np.random.default_rng(0))
 broken = lesson.specimen("dx without the bypass", case)
 x = case["x"].double().requires_grad_()
-assert gradcheck(copy.deepcopy(broken).double(), (x,)) and not gradients_are_right(broken, case["x"])
+assert gradcheck(copy.deepcopy(broken).double(), (x,)) and not gradients_agree(broken, case["x"])
 print("a wrong dx: gradcheck on the new layer finds nothing; yours finds it")
 
 gallery = [("04.1", "both zero"), ("04.1", "A stored as (in, r)"), ("04.1", "dropout on the layer's output")]
@@ -684,7 +689,7 @@ ways = {
     "all but A and B is frozen": freeze,
     "only what is wrapped is, as in its code": frozen_by("only the wrapped layers"),
 }
-counts = {name: freezing(adapted(SimpleAttention(512), r=8), LoRALinear) for name, freezing in ways.items()}
+counts = {name: freezing(adapted(SimpleAttention(512), r=8), Layer) for name, freezing in ways.items()}
 wrong, whole = counts["only what is wrapped is, as in its code"]
 claim(
     "LoRA with r = 8 on q and v of a block of four 512 × 512 projections trains 16,384 of 1,064,960: 64 times fewer.",
@@ -698,7 +703,7 @@ claim(
 sizes = {}
 for name, bias in {"without a bias": False, "with one, as its code and nn.Linear have by default": True}.items():
     with torch.device("meta"):
-        layer = LoRALinear(nn.Linear(4096, 4096, bias=bias), r=16, alpha=32.0)
+        layer = Layer(nn.Linear(4096, 4096, bias=bias), r=16, alpha=32.0)
     sizes[name] = sum(each.numel() for each in layer.parameters())
 claim(
     "A LoRALinear over 4096 × 4096 with r = 16 has 131,072 trainable of 16,908,288 parameters.",
@@ -719,7 +724,7 @@ error = 4 / 3 * math.sqrt(2 / (8 * 4096))
 seen = []
 for seed in range(3):
     torch.manual_seed(seed)
-    layer = LoRALinear(nn.Linear(4096, 4096), r=16, alpha=32.0)
+    layer = Layer(nn.Linear(4096, 4096), r=16, alpha=32.0)
     with torch.no_grad():
         seen.append(F.mse_loss(layer(torch.randn(8, 4096)), torch.randn(8, 4096)).item())
 assert all(abs(loss - 4 / 3) < 5 * error for loss in seen)
@@ -809,7 +814,7 @@ else:
     share = lesson.kept_bytes(lean, x) / (4 * x.numel())
     print(f"plain {held['LoRA with dropout']:.2f}, yours {share:.2f} times the bytes of x")
     small = LeanLayer(nn.Linear(5, 4), r=2, alpha=6.0, dropout=0.1)
-    print("gradients are right:", gradients_are_right(small, torch.ones(2, 5)))
+    print("gradients are right:", gradients_agree(small, torch.ones(2, 5)))
 
 # %% [markdown]
 # **Explain** (a few sentences each; the instructor's notes have a rubric with sample answers):
@@ -840,7 +845,7 @@ if has_peft:
 
     torch.manual_seed(2)
     ours = adapted(block, r=4)
-    freeze(ours, LoRALinear)
+    freeze(ours, Layer)
     theirs = get_peft_model(copy.deepcopy(block), LoraConfig(r=4, lora_alpha=8, **config))
     pairs = [(getattr(ours, name), getattr(theirs.base_model.model, name)) for name in planted]
     with torch.no_grad():
@@ -922,8 +927,8 @@ if has_peft:
 # cannot see; [loralib](https://github.com/microsoft/LoRA), the authors' own layer, which merges when you call
 # `eval()`: compare with section 7.
 #
-# And read `minilora/torch_lora/layers.py`: you know every line of its `LoRALinear` now, and of `merged`. Lesson 05
-# puts it into a whole model by name.
+# And read `minilora/torch_lora/layers.py`: you know every line of its `LoRALinear` now, and of `merged`. Lesson
+# 05, which is planned, puts it into a whole model by name.
 #
 # ### Before you go
 #

@@ -108,6 +108,7 @@ def _folds(
     delta: Callable[["AdaptedLayer"], ndarray] = lambda self: delta_weight(self.A, self.B, self.alpha),
     sign: int = 1,
     guard: str = "before",
+    raises: type[Exception] = RuntimeError,
     flag: bool = True,
 ) -> Callable:
     """A merge (sign 1) or unmerge (sign −1) that is wrong in one of these."""
@@ -117,7 +118,7 @@ def _folds(
         if guard == "silent" and is_done:
             return
         if guard == "before" and is_done:
-            raise RuntimeError("done already")
+            raise raises("done already")
         self.W = self.W + sign * delta(self)
         if guard == "after" and is_done:
             raise RuntimeError("done already")
@@ -129,6 +130,9 @@ def _folds(
 
 def _without_scaling(self: AdaptedLayer) -> ndarray:
     return self.B @ self.A
+
+
+def _unwritten(self: AdaptedLayer) -> None: ...
 
 
 def _in_place(self: AdaptedLayer) -> None:
@@ -176,6 +180,27 @@ MERGE = Exercise(
             ),
             why="You added ΔWᵀ. On a square weight the shapes agree and nothing is raised; only the values tell.",
             link="8 · Break it",
+        ),
+        Bug(
+            name="no guard",
+            function=_layer(_folds(guard="none"), _folds(sign=-1, guard="none")),
+            why="A second merge adds ΔW again and a second unmerge subtracts it again: both must raise a RuntimeError.",
+            link="8 · Break it",
+        ),
+        Bug(
+            name="a ValueError as the guard",
+            function=_layer(_folds(raises=ValueError), _folds(sign=-1, raises=ValueError)),
+            why="A ValueError says that an argument is wrong; here the layer's state is. Raise a RuntimeError.",
+        ),
+        Bug(
+            name="assert as the guard",
+            function=_layer(_folds(raises=AssertionError), _folds(sign=-1, raises=AssertionError)),
+            why="`assert` is for our own mistakes, and `python -O` leaves it out: raise a RuntimeError.",
+        ),
+        Bug(
+            name="unmerge not written",
+            function=_layer(AdaptedLayer.merge, _unwritten),
+            why="merge is right; unmerge does nothing yet.",
         ),
         Bug(
             name="merged twice",
@@ -252,6 +277,7 @@ def verdicts(function: Callable, case: Case) -> dict[str, str]:
     merges = {
         "a merge that is 2 % off": (live + small, live, base),
         "the same, of a large adapter": (base + large + 1e6 * small, base + large, base),
+        "every output 2 % off": (base + 1.02 * effect, live, base),
         "the adapter erased": (base, live, base),
         "half of the adapter": (base + effect / 2, live, base),
         "half of a large adapter": (base + large / 2, base + large, base),
@@ -326,15 +352,35 @@ EQUIVALENT = Exercise(
             link="2 · The problem",
         ),
         Bug(
+            name="the tolerance for np.allclose",
+            function=_judge(lambda m, live, base, t: np.allclose(m, live, atol=t)),
+            why="np.allclose takes the tolerance for an absolute error, and this adapter does less than that at all: "
+            "multiply it by the norm of live − base.",
+            link="2 · The problem",
+        ),
+        Bug(
             name="relative to the output",
             function=_judge(lambda m, live, base, t: _norm(m - live) <= t * _norm(live)),
             why="The output is nearly all base model. 5 % of it is room enough to lose the adapter.",
             link="2 · The problem",
         ),
         Bug(
+            name="np.allclose and no refusal",
+            function=_judge(lambda m, live, base, t: np.allclose(m, live, atol=t), refuses=False),
+            why="np.allclose takes the tolerance for an absolute error, and this adapter does less than that at all. "
+            "And where live equals base there is nothing to compare: raise a ValueError.",
+            link="2 · The problem",
+        ),
+        Bug(
             name="too strict",
             function=_judge(lambda m, live, base, t: np.allclose(m, live)),
             why="np.allclose's own tolerances know nothing of the adapter: this rejects an honest merge in 16 bits.",
+        ),
+        Bug(
+            name="entry by entry",
+            function=_judge(lambda m, live, base, t: np.all(np.abs(m - live) <= t * np.abs(live - base))),
+            why="You hold each output to a part of its own change. Where the adapter changes one by almost nothing, "
+            "any rounding is too much: compare the norms of all of them together.",
         ),
         Bug(
             name="sizes compared",
@@ -512,6 +558,12 @@ FOLD = Exercise(
             name="lost when the block raises",
             function=_fold(always=False),
             why="After an error inside the block W stays merged. Put it back in a `finally:`.",
+        ),
+        Bug(
+            name="+= and -=",
+            function=_fold(undo=lambda kept, now, delta: (now.float() - delta).to(now.dtype), always=False),
+            why="Two mistakes: subtracting does not bring back what the sum rounded away, so keep W; and after an "
+            "error inside the block nothing is subtracted at all, so put W back in a `finally:`.",
         ),
         Bug(
             name="the error is swallowed",

@@ -37,6 +37,7 @@ from torch import nn
 from minilora.classroom.evidence import claim, expect_bug
 from minilora.classroom.bets import predict, settle
 from minilora.classroom.exercises import check, examine, find_exercise, overview
+from minilora.classroom.exercises import hint  # noqa: F401  for you: hint("09.1")
 from minilora.classroom.lessons import lesson_module
 from minilora.classroom.explorer import explorer, show
 from minilora.classroom.merging import ANY_INPUT, FORMATS, OWN_INPUT, RATIOS, drift, merge_as, merge_errors
@@ -73,6 +74,9 @@ assert np.allclose(live, base, rtol=0, atol=1e-3)
 
 # %% [markdown]
 # ## 3 · Predict
+#
+# Two formats, in a line each. **bfloat16**: a float in 16 bits, 8 of which are significant, 2 to 3 decimal digits.
+# **NF4**: 4 bits a weight, so one of 16 levels, in units of the largest weight in its block of 64.
 #
 # Place a bet before you read on: put your answer in `bet=`. All are settled in section 7. Leave `None` to skip.
 
@@ -165,7 +169,7 @@ picture.strip(ratio=[3e-4, 3e-3, 0.03, 0.3])
 # | `ΔW = s B A` | (out, in) | the update; `s = alpha / r`, and its rank is at most r |
 #
 # ```
-# x W′ᵀ = x (W + s B A)ᵀ = x Wᵀ + s (x Aᵀ) Bᵀ          the layer with the adapter, line for line
+# x W′ᵀ = x (W + s B A)ᵀ = x Wᵀ + s (x Aᵀ) Bᵀ        the layer with the adapter
 # ```
 #
 # Two places for mistakes are in that line already: the `s`, and the transpose. The third is not in it: **numbers are
@@ -176,14 +180,17 @@ picture.strip(ratio=[3e-4, 3e-3, 0.03, 0.3])
 # rounded back to where it was:
 #
 # ```
-# w moves   if   |δ| > ½ step,   and half a step is between 2⁻⁹ |w| and 2⁻⁸ |w|:   about 0.3 % of the weight
+# w moves   if   |δ| > ½ step
+# ½ step    is between 2⁻⁹ |w| and 2⁻⁸ |w|: about 0.3 % of the weight
 # ```
 #
 # **How many move?** If the entries of `W` and `ΔW` are two bell curves, the quotient δ/w has a Cauchy distribution,
 # whose tail is an arctangent:
 #
 # ```
-# share that moves = P(|δ/w| > t) = 1 − (2/π) · arctan(t / ρ)         t = 2^−8.5 ≈ 0.28 %,   ρ = ‖ΔW‖ / ‖W‖
+# share that moves = P(|δ/w| > t) = 1 − (2/π) · arctan(t / ρ)
+#
+# t = 2^−8.5 ≈ 0.28 %,   ρ = ‖ΔW‖ / ‖W‖
 # ```
 #
 # **How large is the error?** For ρ far above t every weight moves, and each is off by something within ± half a step:
@@ -198,7 +205,7 @@ picture.strip(ratio=[3e-4, 3e-3, 0.03, 0.3])
 # plus that:
 #
 # ```
-# error ≈ √(1 + 1/p²),   p = largest / typical weight in a block of 64, about 2.5           so more than 1
+# error ≈ √(1 + 1/p²), more than 1        p = largest / typical weight in a block, about 2.5
 # ```
 
 # %%
@@ -218,8 +225,8 @@ print(f"           of ΔW itself {along:.4f} arrives; one in 64 is {1 / 64:.4f}"
 assert abs(np.sqrt(1 + one_over_p**2) - one.error) < 0.02
 
 # %% [markdown]
-# (At 0.08 % the second law is out of its depth: it promises more than the whole effect. Nothing moves there to be
-# rounded.)
+# (At 0.08 % the second law is out of its depth: it promises more than the whole effect. It counts on every weight to
+# move, and here 18 % do. The others stay where they were and lose their whole change, so the error is 0.83.)
 #
 # **By hand**: out = 2, in = 3, r = 1, alpha = 2, so s = 2. Above 1 the steps of bfloat16 are 4/512, just below ¼ they
 # are ½/512.

@@ -5,6 +5,7 @@ Read by the lessons; what was bet is kept by progress.
 
 import textwrap
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from minilora.classroom.progress import record
@@ -16,10 +17,12 @@ def predict(name: str, question: str, *, choices: Sequence[str] = (), bet: str |
     """Ask for a bet before any number is on the page. Skipping it (`bet=None`) costs nothing.
 
     Raises:
-        ValueError: if the bet is not among the choices.
+        ValueError: if the bet is not among the choices, or where there are none, if it is not a number.
     """
     if choices and bet is not None and bet not in choices:
         raise ValueError(f"cannot bet {bet!r} on {name}: the choices are {list(choices)}")
+    if not choices and not isinstance(bet, (Real, type(None))):
+        raise ValueError(f"cannot bet {bet!r} on {name}: write a number, such as bet=2304, without quotes")
     _bets[name] = bet
     if bet is not None:
         record("bets", name, bet=bet)
@@ -38,13 +41,13 @@ def settle(name: str, measured: str | float) -> None:
     if name not in _bets:
         raise KeyError(f"no bet is called {name!r}; the bets of this lesson are {sorted(_bets)}")
     bet = _bets[name]
-    shown = f"{measured:,.6g}" if isinstance(measured, (int, float)) else measured
+    shown = f"{measured:,.6g}" if isinstance(measured, Real) else measured
     if bet is None:
         print(f"Bet “{name}”: measured {shown}; no bet was placed.")
         return
     record("bets", name, bet=bet, measured=measured)
-    if isinstance(measured, (int, float)) and isinstance(bet, (int, float)) and bet and measured:
-        factor = max(abs(bet / measured), abs(measured / bet))
+    if isinstance(measured, Real) and isinstance(bet, Real) and bet > 0 and measured > 0:
+        factor = max(bet / measured, measured / bet)
         verdict = "right" if factor < 1.1 else "close" if factor < 2 else f"off by a factor of {factor:,.3g}"
     else:
         verdict = "right" if bet == measured else "surprised?"

@@ -11,6 +11,7 @@ somebody edited is never written over. `lessons/README.md` says how a source is 
 import argparse
 import copy
 import hashlib
+import html
 import json
 import os
 import re
@@ -40,6 +41,7 @@ Notebook = nbformat.NotebookNode
 BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
 BLANK = "...  # your code"
 LINES_A_CELL = 25
+FENCED_COLUMNS = 90  # what a window 1,100 pixels wide shows of a fenced block without wrapping it
 SECONDS_A_LESSON = 90
 FIGURE_BYTES = 1_000_000
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -184,6 +186,11 @@ def _lint(number: int, cell: Notebook) -> list[str]:
         in cell.metadata.get("tags", []),
         "shows an image from the web": re.search(r"!\[[^\]]*\]\(https?:|<img[^>]+https?:", cell.source) is not None,
         f"has unbalanced markers; write {BEGIN} and {END}, with one #": not _is_balanced(lines),
+        "opens and closes <details> unequally often": cell.source.count("<details") != cell.source.count("</details>"),
+        f"has a fenced block wider than {FENCED_COLUMNS} columns": cell.cell_type == "markdown"
+        and any(len(line) > FENCED_COLUMNS for line in _fenced(lines)),
+        "gives check's answer the name of the learner's own function: bind another": cell.cell_type == "code"
+        and re.search(r"^(\w+) = check\([^,]+, \1\)", cell.source, flags=re.MULTILINE) is not None,
     }
     return [f"{where} {problem}" for problem, is_broken in rules.items() if is_broken]
 
@@ -191,6 +198,12 @@ def _lint(number: int, cell: Notebook) -> list[str]:
 def _is_balanced(lines: list[str]) -> bool:
     markers = [line.strip() for line in lines if re.search(r"#\s*(BEGIN|END) SOLUTION", line)]
     return markers == [BEGIN, END] * (len(markers) // 2)
+
+
+def _fenced(lines: list[str]) -> list[str]:
+    """The lines between one ``` and the next."""
+    blocks = "\n".join(["", *lines]).split("\n```")[1::2]
+    return [line for block in blocks for line in block.splitlines()[1:]]
 
 
 def _lint_bets(sources: list[str]) -> list[str]:
@@ -250,10 +263,19 @@ def _questions(lesson: Lesson, part: str) -> str:
         for letter, answer in zip("ABCDE", question["answers"], strict=False):
             verdict = "Right." if answer.get("right") else "No."
             text.append(
-                f"<details><summary>{letter} · {answer['text'].strip()}</summary>\n\n"
+                f"<details><summary>{letter} · {_inline(answer['text'].strip())}</summary>\n\n"
                 f"{verdict} {answer['why'].strip()}\n\n</details>\n"
             )
     return "\n".join(text).strip()
+
+
+def _inline(text: str) -> str:
+    """A short text as HTML: inside <summary>, which is HTML already, no Markdown is read.
+
+    >>> _inline("`A < B` alone")
+    '<code>A &lt; B</code> alone'
+    """
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
 # ---------------------------------------------------------------------------------------------------- what a file says

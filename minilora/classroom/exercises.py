@@ -8,8 +8,12 @@ The exercises of lesson 03 are the list `EXERCISES` in `lessons/03_…/exercises
 written; `lessons.py` finds them.
 """
 
+import contextlib
 import copy
 import dis
+import functools
+import inspect
+import io
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,9 +120,20 @@ def check(exercise_id: str, function: Callable) -> Result:
 
     Raises:
         KeyError: if there is no such exercise (names those that exist).
+        TypeError: if it is given what a function returned, instead of the function.
+        ValueError: if it is given the course's own function.
         CheckFailed: under `MINILORA_STRICT=1`, if it does not pass.
     """
     exercise = find_exercise(exercise_id)
+    if not callable(function):
+        raise TypeError(
+            f"check({exercise_id!r}, …) wants the function itself, without calling it; it got {_kind(function)}"
+        )
+    if function is exercise.reference:
+        raise ValueError(
+            f"check({exercise_id!r}, …) got the course's own function: its name hides yours. Run the cell that defines "
+            "yours again, then this one"
+        )
     result = examine(exercise, function)
     record("exercises", exercise.id, attempts=None, status=result.status)
     if is_strict() and not result.passed:
@@ -128,22 +143,41 @@ def check(exercise_id: str, function: Callable) -> Result:
 
 
 def examine(exercise: Exercise, function: Callable, seeds: Sequence[int] = VISIBLE_SEEDS) -> Result:
-    """Try a function against an exercise on the inputs of these seeds; print nothing, record nothing."""
+    """Try a function against an exercise on the inputs of these seeds; record nothing.
+
+    What the function prints is shown for its first call only (for a class: for the first inputs).
+    """
     cases = [exercise.generate(np.random.default_rng(seed)) for seed in seeds]
-    if is_stub(function) or any(_is_unfinished(_outcome(exercise, function, case)) for case in cases[:1]):
+    if is_stub(function) or any(_is_unfinished(_outcome(exercise, _heard_once(function), case)) for case in cases[:1]):
         result = Result(exercise=exercise, status="not started", function=exercise.reference)
     else:
-        tested, failure = _first_failure(exercise, function, cases)
-        if failure is None:
-            result = Result(exercise=exercise, status="passed", function=function, tested=tested)
-        else:
-            named = Failure(
-                tested=failure.tested, returned=failure.returned, bug=_fingerprint(exercise, function, cases)
-            )
-            result = Result(
-                exercise=exercise, status="failed", function=exercise.reference, tested=tested, failure=named
-            )
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = _judged(exercise, function, cases)
     return Result(**{**vars(result), "message": _message(result)})
+
+
+def _heard_once(function: Callable) -> Callable:
+    """The function, silent from its second call on; a class as it is."""
+    if isinstance(function, type):
+        return function
+    volume: contextlib.AbstractContextManager = contextlib.nullcontext()
+
+    @functools.wraps(function)
+    def heard(*inputs: Any, **named: Any) -> Any:
+        nonlocal volume
+        with volume:
+            volume = contextlib.redirect_stdout(io.StringIO())
+            return function(*inputs, **named)
+
+    return heard
+
+
+def _judged(exercise: Exercise, function: Callable, cases: list[Case]) -> Result:
+    tested, failure = _first_failure(exercise, function, cases)
+    if failure is None:
+        return Result(exercise=exercise, status="passed", function=function, tested=tested)
+    named = Failure(tested=failure.tested, returned=failure.returned, bug=_fingerprint(exercise, function, cases))
+    return Result(exercise=exercise, status="failed", function=exercise.reference, tested=tested, failure=named)
 
 
 def is_stub(function: Callable) -> bool:
@@ -220,14 +254,15 @@ def _as_array(value: Any) -> np.ndarray | None:
     return None
 
 
-def _difference(want: Any, got: Any, tolerance: float) -> str | None:
+def _difference(want: Any, got: Any, tolerance: float, tells_words: bool = False) -> str | None:
     """None where the two agree within `tolerance` · the largest wanted entry; else what is different."""
     wanted, given = _as_array(want), _as_array(got)
     if wanted is None:
+        expected = f", expected {want!r}" if tells_words and isinstance(want, str) else ""
         try:
-            return None if bool(want == got) else f"returned {got!r:.80}"
+            return None if bool(want == got) else f"returned {got!r:.80}{expected}"
         except Exception:
-            return f"returned {got!r:.80}"
+            return f"returned {got!r:.80}{expected}"
     if given is None:
         return "returned None: is there a `return`?" if got is None else f"returned a {type(got).__name__}, not numbers"
     if given.shape != wanted.shape:
@@ -254,7 +289,8 @@ def _compare(exercise: Exercise, want: Any, got: Any, tolerance: float) -> str |
         return f"{_kind(got)}; expected {_kind(want)}" + (
             f" ({', '.join(exercise.outputs)})" if exercise.outputs else f" with {', '.join(wanted) or 'one value'}"
         )
-    problems = {name: _difference(wanted[name], given[name], tolerance) for name in wanted}
+    tells_words = exercise.observe is not call  # words of ours; a word that is returned is the answer, not to be told
+    problems = {name: _difference(wanted[name], given[name], tolerance, tells_words) for name in wanted}
     if not any(problems.values()):
         return None
     if len(problems) == 1:
@@ -277,7 +313,9 @@ def _first_failure(exercise: Exercise, function: Callable, cases: list[Case]) ->
     for case in cases:
         outcome = _outcome(exercise, function, case)
         if outcome.error is not None:
-            return tuple(tested), Failure(tested=f"it runs on {describe(case)}", returned=_raised(outcome.error))
+            return tuple(tested), Failure(
+                tested=f"it runs on {describe(case)}", returned=_raised(outcome.error, function, exercise)
+            )
         if outcome.changed:
             returned = f"{', '.join(outcome.changed)} changed in place: work on a copy"
             return tuple(tested), Failure(tested="the inputs are left as they were", returned=returned)
@@ -292,20 +330,20 @@ def _first_failure(exercise: Exercise, function: Callable, cases: list[Case]) ->
     if exercise.tolerance is not None:
         tested.append(f"the values on {len(cases)} random inputs, like {describe(cases[0])}")
     for prop in exercise.properties:
-        problem = _property_problem(prop, function, cases)
+        problem = _property_problem(prop, function, exercise, cases)
         if problem is not None:
             return tuple(tested), Failure(tested=prop.name, returned=problem)
         tested.append(prop.name)
     return tuple(tested), None
 
 
-def _property_problem(prop: Property, function: Callable, cases: list[Case]) -> str | None:
+def _property_problem(prop: Property, function: Callable, exercise: Exercise, cases: list[Case]) -> str | None:
     for case in cases:
         try:
             with np.errstate(all="ignore"):
                 problem = prop.test(function, copy.deepcopy(case))
         except Exception as error:
-            return _raised(error)
+            return _raised(error, function, exercise)
         if problem is not None:
             return problem
     return None
@@ -328,7 +366,7 @@ def _fingerprint(exercise: Exercise, function: Callable, cases: list[Case]) -> B
 
 
 def _broken_properties(exercise: Exercise, function: Callable, cases: list[Case]) -> set[str]:
-    return {prop.name for prop in exercise.properties if _property_problem(prop, function, cases) is not None}
+    return {prop.name for prop in exercise.properties if _property_problem(prop, function, exercise, cases) is not None}
 
 
 def _same(exercise: Exercise, left: _Outcome, right: _Outcome) -> bool:
@@ -355,12 +393,18 @@ def describe(case: Case) -> str:
     return ", ".join(words)
 
 
-def _raised(error: Exception) -> str:
-    """The exception, and the learner's own line that raised it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    own = [frame for frame in frames if "site-packages" not in frame.filename]
-    line = f"\nin the line: {own[-1].line}" if own and own[-1].line else ""
-    return f"{type(error).__name__}: {error}{line}"
+def _raised(error: Exception, function: Callable, exercise: Exercise) -> str:
+    """The exception, and the learner's own line that raised it; where none did, what was asked for."""
+    files = _files_of(function)
+    own = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files and frame.line]
+    return f"{type(error).__name__}: {error}\n" + (f"in the line: {own[-1]}" if own else f"asked for: {exercise.asks}")
+
+
+def _files_of(function: Callable) -> set[str]:
+    """The file, or notebook cell, in which a function or the methods of a class are written."""
+    written = vars(function).values() if isinstance(function, type) else [function]
+    codes = [getattr(inspect.unwrap(each), "__code__", None) for each in written]
+    return {code.co_filename for code in codes if code is not None}
 
 
 def _message(result: Result) -> str:

@@ -247,6 +247,7 @@ def test_a_blank_stands_as_deep_as_the_solution():
         ("x = input()", "asks for input"),
         ("### BEGIN SOLUTION\nx = 1\n### END SOLUTION", "unbalanced markers"),
         ("# BEGIN SOLUTION\nx = 1", "unbalanced markers"),
+        ('twice = 1\ndouble = check("07.1", double).function', "the name of the learner's own function"),
         ('predict("late", "When?")', "bet 'late' is never settled"),
         ('settle("early", 1)\npredict("early", "When?")', "bet 'early' is settled before it is placed"),
     ],
@@ -269,6 +270,32 @@ def test_an_image_from_the_web_is_refused(image: str, lesson: Lesson):
     rewrite(lesson, "# # Seven", f"# # Seven\n# {image}")
     with pytest.raises(LessonError, match="image from the web"):
         source_cells(lesson)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("<details><summary>a</summary>", "opens and closes <details> unequally often"),
+        ("```\n# " + "x" * 91 + "\n# ```", "a fenced block wider than 90 columns"),
+    ],
+)
+def test_a_rule_that_a_text_breaks_is_named(text: str, problem: str, lesson: Lesson):
+    rewrite(lesson, "# # Seven", f"# # Seven\n#\n# {text}")
+    with pytest.raises(LessonError, match=problem):
+        source_cells(lesson)
+
+
+def test_a_long_line_beside_a_fenced_block_is_no_problem(lesson: Lesson):
+    rewrite(lesson, "# # Seven", f"# # Seven\n#\n# ```\n# short\n# ```\n# {'x' * 91}")
+
+    assert "x" * 91 in source_cells(lesson)[0].source
+
+
+def test_code_in_an_answer_is_html_because_no_markdown_is_read_in_a_summary(lesson: Lesson):
+    path = lesson.folder / "quiz.yml"
+    path.write_text(path.read_text(encoding="utf-8").replace('"yes"', '"`A < B` alone"'), encoding="utf-8")
+
+    assert "<summary>A · <code>A &lt; B</code> alone</summary>" in source_cells(lesson)[0].source
 
 
 def test_all_broken_rules_are_listed_at_once(lesson: Lesson):

@@ -204,6 +204,72 @@ def test_a_mistake_that_raises_is_named_by_its_error():
     assert "in the line: return np.ones((3, 2)) @ x" in result.failure.returned
 
 
+def test_the_line_that_is_shown_is_the_learner_s_and_never_ours():
+    def observe(function, case):
+        return np.ones((3, 2)) @ function(**case)  # a line of the observer's
+
+    def shapeless(x, slope):
+        return np.ones(5)
+
+    def raising(x, slope):
+        return np.ones(5) + x
+
+    elsewhere = {}
+    exec(compile("def shapeless(x, slope):\n    return np.ones(5)", "another cell", "exec"), {"np": np}, elsewhere)
+    ours = examine(exercise(observe=observe), elsewhere["shapeless"])
+    own = examine(exercise(observe=observe), raising)
+
+    assert ours.failure is not None and "in the line" not in ours.failure.returned
+    assert "asked for: line(x, slope) returns slope · x + 1" in ours.failure.returned
+    assert own.failure is not None and own.failure.returned.endswith("in the line: return np.ones(5) + x")
+
+
+def test_the_line_of_a_class_is_one_of_its_methods():
+    class Line:
+        def at(self, x, slope):
+            return np.ones(5) + x
+
+    result = examine(exercise(observe=lambda layer, case: layer().at(**case)), Line)
+
+    assert result.failure is not None and result.failure.returned.endswith("in the line: return np.ones(5) + x")
+
+
+def test_a_word_that_describes_is_shown_beside_the_expected_one():
+    def observe(function, case):
+        return {"dropout": function(**case)}
+
+    in_words = exercise(reference=lambda x, slope: "on the input", observe=observe, properties=())
+    question = exercise(reference=lambda x, slope: "dA", properties=())
+    described, asked = (examine(one, lambda x, slope: "nowhere") for one in (in_words, question))
+
+    assert described.failure is not None and "returned 'nowhere', expected 'on the input'" in described.failure.returned
+    assert asked.failure is not None and "dA" not in asked.failure.returned  # that would be the answer
+
+
+def test_what_the_function_prints_is_seen_once(capsys: pytest.CaptureFixture[str]):
+    def talkative(x, slope):
+        print("shape", x.shape)
+        return slope * x
+
+    twice = exercise(observe=lambda function, case: [function(*case.values()) for _ in range(2)])
+    for each in (exercise(), twice):
+        examine(each, talkative)
+
+        assert capsys.readouterr().out == "shape (4,)\n"
+
+
+def test_the_value_of_a_function_is_refused(found: Exercise, learner_home: Path):
+    with pytest.raises(TypeError, match=r"the function itself, without calling it; it got a ndarray of shape \(4,\)"):
+        check("99.1", np.zeros(4))
+
+    assert not learner_home.exists()
+
+
+def test_the_course_s_own_function_is_refused(found: Exercise):
+    with pytest.raises(ValueError, match="Run the cell that defines yours again"):
+        check("99.1", line)
+
+
 def test_changing_an_input_in_place_is_a_failure():
     def greedy(x, slope):
         x *= slope
@@ -253,7 +319,7 @@ def test_a_check_prints_in_a_notebook_and_raises_in_a_grader(
 
 def test_progress_counts_attempts_and_keeps_the_status(found: Exercise, learner_home: Path):
     check("99.1", lambda x, slope: x)
-    check("99.1", line)
+    check("99.1", lambda x, slope: slope * x + 1)
 
     entry = json.loads((learner_home / "progress.json").read_text())["exercises"]["99.1"]
     assert entry == {"attempts": 2, "status": "passed"}
@@ -262,7 +328,7 @@ def test_progress_counts_attempts_and_keeps_the_status(found: Exercise, learner_
 
 def test_a_grader_leaves_no_progress(found: Exercise, learner_home: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MINILORA_STRICT", "1")
-    check("99.1", line)
+    check("99.1", lambda x, slope: slope * x + 1)
 
     assert not learner_home.exists()
 
@@ -284,6 +350,9 @@ def test_hints_come_one_at_a_time(found: Exercise, capsys: pytest.CaptureFixture
         (100, 100, "you said 100, measured 100: right"),
         (60, 100, "close"),
         (4, 2304, "off by a factor of 576"),
+        (-3, 4, "you said -3, measured 4: surprised?"),
+        (0, 2, "you said 0, measured 2: surprised?"),
+        (0, 0, "right"),
         ("dA", "dA", "right"),
         ("dB", "dA", "surprised?"),
         (None, 2304, "measured 2,304; no bet was placed"),
@@ -292,7 +361,7 @@ def test_hints_come_one_at_a_time(found: Exercise, capsys: pytest.CaptureFixture
 def test_a_bet_is_settled_against_what_was_measured(
     bet: Any, measured: Any, verdict: str, capsys: pytest.CaptureFixture[str]
 ):
-    predict("x", "How many?", bet=bet)
+    predict("x", "How many?", choices=["dA", "dB"] if isinstance(bet, str) else (), bet=bet)
     settle("x", measured)
 
     assert verdict in capsys.readouterr().out
@@ -301,6 +370,12 @@ def test_a_bet_is_settled_against_what_was_measured(
 def test_a_bet_outside_the_choices_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"cannot bet 'dC' on x: the choices are \['dA', 'dB'\]"):
         predict("x", "Which?", choices=["dA", "dB"], bet="dC")
+
+
+@pytest.mark.parametrize("bet", ["2304", "many", [2304]])
+def test_a_bet_that_is_no_number_is_refused_where_a_number_is_asked(bet: Any):
+    with pytest.raises(ValueError, match="write a number, such as bet=2304, without quotes"):
+        predict("x", "How many?", bet=bet)
 
 
 def test_settling_an_unknown_bet_names_the_known_ones():

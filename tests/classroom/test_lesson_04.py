@@ -209,3 +209,15 @@ def test_a_handmade_backward_is_autograd_s():
 
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_test_that_always_raises_is_told_its_message_and_its_line():
+    def natural(layer, x):
+        return torch.autograd.gradcheck(layer, (x,))
+
+    result = examine(GRADIENTS, natural)
+
+    assert result.failure is not None and result.failure.bug is not None
+    assert result.failure.bug.name == "gradcheck as it is"
+    assert "at least one input tensor to require gradient" in result.failure.returned
+    assert "in the line: return torch.autograd.gradcheck(layer, (x,))" in result.failure.returned

@@ -160,15 +160,16 @@ def test_two_mistakes_at_once_are_not_named_as_one():
         return not np.abs(merged - live).max() > 1e-3
 
     @contextlib.contextmanager
-    def subtracts_and_has_no_finally(linear, delta):
+    def subtracts_and_swallows(linear, delta):
         linear.weight.data = (linear.weight.data.float() + delta).bfloat16()
-        yield
+        with contextlib.suppress(KeyError):
+            yield
         linear.weight.data = (linear.weight.data.float() - delta).bfloat16()
 
     for exercise, answer in (
         (MERGE, UnscaledAndTransposed),
         (EQUIVALENT, absolute_and_nan),
-        (FOLD, subtracts_and_has_no_finally),
+        (FOLD, subtracts_and_swallows),
     ):
         result = examine(exercise, answer)
         assert result.failure is not None and result.failure.bug is None, result.message

@@ -88,6 +88,23 @@ def test_answers_of_another_build_score_in_full_in_lesson_03():
             dx[i] = dy[i] @ W + du @ A
         return [dx, dA, dB]
 
+    def with_sums(batches, W, A, B, alpha, lr):
+        A, B, s = A.copy(), B.copy(), alpha / len(A)
+        for x, y in batches:
+            error = x @ (W + s * B @ A).T - y
+            for_A, for_B = s * B.T @ error.T @ x, s * error.T @ x @ A.T
+            A -= lr / len(x) * for_A
+            B -= lr / len(x) * for_B
+        return [A, B]
+
+    assert all(examine(forward, answer).passed for answer in (einsum, in_float32))
+    assert examine(backward, row_by_row).passed
+    assert examine(training, with_sums).passed
+
+
+def test_steps_that_are_not_sgd_s_fail_although_they_find_the_update():
+    training = lesson_module("03").TRAINING
+
     def alternating(batches, W, A, B, alpha, lr):
         s = alpha / len(A)
         for x, y in batches:
@@ -99,9 +116,10 @@ def test_answers_of_another_build_score_in_full_in_lesson_03():
                     A = A - lr * s * (dy @ B).T @ x
         return A, B
 
-    assert all(examine(forward, answer).passed for answer in (einsum, in_float32))
-    assert examine(backward, row_by_row).passed
-    assert examine(training, alternating).passed
+    failure = examine(training, alternating).failure
+
+    assert failure is not None and failure.tested.startswith("each step is one of SGD")
+    assert failure.returned.startswith("after five batches A is off by")
 
 
 def test_two_mistakes_at_once_are_not_named_as_one_in_lesson_03():

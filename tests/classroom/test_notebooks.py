@@ -6,6 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from minilora.classroom import exercises
 from minilora.classroom.build import FIGURE_BYTES, find_lessons, load_quiz, output_problems, problem_of
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,16 @@ def test_a_student_notebook_holds_blanks_for_answers_and_no_output(lesson):
 
     assert not any(cell.get("outputs") for cell in cells)
     assert "SOLUTION" not in code and code.count("...  # your code") == source.count("# BEGIN SOLUTION")
+
+
+def test_hint_can_be_called_in_the_student_notebook_because_its_setup_imports_it(lesson):
+    cells = nbformat.read(lesson.student, as_version=4).cells
+    namespace: dict = {}
+    for cell in cells:
+        if "setup" in cell.metadata.get("tags", []):
+            exec(cell.source, namespace)
+
+    assert namespace["hint"] is exercises.hint
 
 
 def test_the_quiz_explains_every_answer(lesson):
