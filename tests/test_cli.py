@@ -103,7 +103,7 @@ def test_the_version_is_the_package_s(capsys):
         (["size", "gpt2", "--rank", "3"], "unrecognized arguments: --rank 3; `minilora size --help` tells the options"),
         (
             ["size", "gpt2", "-r", "many"],
-            "argument -r: invalid int value: 'many'; `minilora size --help` tells the options",
+            "argument -r/--r: invalid int value: 'many'; `minilora size --help` tells the options",
         ),
         (["size", "gpt2", "-r", "0"], "r is 0: it must be 1 or more"),
         (["size", "gpt2", "--targets", "c_atn"], "no module is named ['c_atn']; this architecture's targets are"),

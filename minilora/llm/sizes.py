@@ -286,19 +286,17 @@ def training_bytes(arch: Architecture, setup: Setup) -> TrainingBytes:
 def saved_per_token(arch: Architecture, setup: Setup, trained: Collection[Linear]) -> dict[str, int]:
     """Bytes for each token that autograd keeps of one layer, of which these matrices are trained or have an adapter.
 
-    Assumed: attention that does not store its scores (torch's scaled_dot_product_attention), no dropout, and for
-    Llama what llm/model does on a CPU, where RMSNorm computes in fp32 and keeps that copy (CUDA's kernel keeps the
-    16-bit input). A matrix keeps its input only if it is trained or has an adapter: to send a gradient
-    through a frozen one takes its weight alone.
+    Assumed: attention that does not store its scores (torch's scaled_dot_product_attention; for rows of up to
+    512 tokens on a CPU llm/model does: n_heads · seq numbers more for each token), no dropout, and for Llama what
+    llm/autograd keeps. A matrix keeps its input only if it is trained or has an adapter: to send a gradient through a
+    frozen one takes its weight alone.
     """
     width_bytes, i = setup.width_bytes, arch.intermediate
     q, kv = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
     inputs = {linear.reads: linear.in_features for linear in trained}
     if arch.family == "llama":
-        norms = {"norms: input in fp32": 2 * (4 * arch.hidden + 4)}
-        if setup.is_full:
-            norms["norms: output in fp32, before its weight"] = 2 * 4 * arch.hidden
-        mlp = {"mlp: gate, silu(gate), up": 3 * i * width_bytes}
+        norms = {"norms: input, and a scale in fp32": 2 * (arch.hidden * width_bytes + 4)}
+        mlp = {"mlp: gate and up": 2 * i * width_bytes}
     else:
         norms = {"norms: input, mean and deviation": 2 * (arch.hidden + 2) * width_bytes}
         mlp = {"mlp: four steps of gelu": 4 * i * width_bytes}
@@ -327,8 +325,6 @@ def activation_terms(arch: Architecture, setup: Setup) -> dict[str, int]:
     if setup.method == "qlora":
         largest = max(linear.n_weights for linear in layer_linears(arch))
         terms["one weight at a time, out of 4 bits"] = largest * setup.width_bytes
-    if not setup.is_full and setup.width_bytes < 4:
-        terms[f"adapters: A and B in {setup.dtype}"] = lora_params(arch, setup.r, setup.targets) * setup.width_bytes
     return {name: n_bytes for name, n_bytes in terms.items() if n_bytes}
 
 
