@@ -18,6 +18,8 @@ SHAPES_CHECKED = [
     "minilora.qlora.codebooks",
     "minilora.qlora.blockwise",
     "minilora.qlora.linear",
+    "minilora.qlora.paging",
+    "minilora.qlora.paged_adamw",
     "minilora.llm",
     "minilora.train",
 ]
