@@ -14,6 +14,8 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from minilora.qlora import moments
 from minilora.qlora.moments import PARTS, Run, cut, lay_out, length_of, parts_of
-from minilora.qlora.paging import FileStore, Pager, PinnedStore, Store, Traffic
+from minilora.qlora.paging import Pager, Traffic, open_store
 
 PIECE = 65_536  # values computed at once: temporaries take 256 KiB each, which a CPU's cache holds
 MIN_8BIT_VALUES = 4096  # smaller tensors keep 32 bits, as in bitsandbytes: they cost little
@@ -118,7 +120,7 @@ class PagedAdamW(torch.optim.Optimizer):
         if self._is_backward:
             visits.reverse()
         self._is_backward = not self._is_backward
-        for (group, p, run), following in zip(visits, [*visits[1:], None], strict=True):
+        for (group, p, run), following in zip_longest(visits, visits[1:]):
             frame = self._pager.touch(run.address // self.page_bytes)
             if following is not None:
                 self._pager.prefetch(following[2].address // self.page_bytes)
@@ -199,15 +201,11 @@ class PagedAdamW(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drop all moments, and where they lie."""
         max_frames = None if self.budget_bytes is None else self.budget_bytes // self.page_bytes
-        device = self.param_groups[0]["params"][0].device
-        self._pager = Pager(self.page_bytes, max_frames, device, lambda: self._open_store(device))
+        device = next(p.device for _, p in self._numbered())
+        make_store = partial(open_store, self.page_bytes, device, self.folder)
+        self._pager = Pager(self.page_bytes, max_frames, device, make_store)
         self._runs: dict[Tensor, list[Run]] = {}
         self._end = 0  # the address behind the last run
-
-    def _open_store(self, device: torch.device) -> Store:
-        if device.type == "cuda":
-            return PinnedStore(self.page_bytes, device)
-        return FileStore(self.page_bytes, self.folder)
 
     def _place(self, parameters: list[Tensor]) -> None:
         """Find the moments of these parameters a place behind all others, where they have none yet."""

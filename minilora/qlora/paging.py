@@ -16,6 +16,7 @@ does it between GPU and CPU ([QLoRA] section 3). By hand, what moves when can be
 
 import os
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,8 @@ class FileStore:
 
     def __init__(self, page_bytes: int, folder: str | Path):
         self.page_bytes, self.folder = page_bytes, Path(folder)
-        self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  (closed with the store)
+        self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)  # it is gone with the store
 
     def reserve(self, n_pages: int) -> None:
         n_bytes = n_pages * self.page_bytes
@@ -124,6 +126,11 @@ class PinnedStore:
         self._staged = page
 
 
+def open_store(page_bytes: int, device: torch.device, folder: Path) -> Store:
+    """Give the slow memory that belongs to a device."""
+    return PinnedStore(page_bytes, device) if device.type == "cuda" else FileStore(page_bytes, folder)
+
+
 @dataclass
 class Traffic:
     """What has moved so far."""
@@ -140,16 +147,16 @@ class Traffic:
 class Pager:
     """Give the frame that holds a page, whatever must move for that.
 
-    `open_store` is called when there are more pages than frames, not before.
+    `make_store` is called when there are more pages than frames, not before.
     """
 
     def __init__(
-        self, page_bytes: int, max_frames: int | None, device: torch.device, open_store: Callable[[], Store]
+        self, page_bytes: int, max_frames: int | None, device: torch.device, make_store: Callable[[], Store]
     ) -> None:
         self.page_bytes, self.max_frames, self.device = page_bytes, max_frames, device
         self.traffic = Traffic()
         self.n_pages = 0
-        self._open_store = open_store
+        self._make_store = make_store
         self._store: Store | None = None
         self._free: list[Tensor] = []
         self._resident: dict[int, Tensor] = {}  # page -> frame; the page touched longest ago comes first
@@ -174,16 +181,17 @@ class Pager:
         """
         self.n_pages = n_pages
         if self.is_paging:
-            self._store = self._store or self._open_store()
+            self._store = self._store or self._make_store()
             self._store.reserve(n_pages)
         n_frames = n_pages if self.max_frames is None else min(n_pages, self.max_frames)
         while (made := len(self._free) + len(self._resident)) < n_frames:
             try:
                 self._free.append(torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device))
             except RuntimeError as error:  # torch's way to say that there is no memory
+                self._free.clear()
                 raise MemoryError(
                     f"no memory for page {made + 1} of {n_frames} of optimizer states, {self.page_bytes:,} bytes each: "
-                    f"give a budget_bytes of at most {made * self.page_bytes:,}, or keep the states in 8 bits"
+                    f"give a budget_bytes such as {max(1, made // 2) * self.page_bytes}, or keep the states in 8 bits"
                 ) from error
 
     def touch(self, page: int) -> UInt8[Tensor, "page_bytes"]:
