@@ -25,6 +25,7 @@ PARTS = {
     32: {"m": torch.float32, "v": torch.float32},
     8: {"m_absmax": torch.float32, "v_absmax": torch.float32, "m_codes": torch.uint8, "v_codes": torch.uint8},
 }
+MIN_8BIT_VALUES = 4096  # smaller tensors keep 32 bits, as in bitsandbytes: they cost little
 BLOCK_BYTES = {32: 8 * BLOCK_SIZE, 8: 2 * BLOCK_SIZE + 8}
 
 

@@ -13,7 +13,7 @@ Read before this file: moments, paging.
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -24,11 +24,11 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from minilora.qlora import moments
-from minilora.qlora.moments import PARTS, Run, cut, lay_out, length_of, parts_of
+from minilora.qlora.moments import MIN_8BIT_VALUES, PARTS, Run, cut, lay_out, length_of, parts_of
 from minilora.qlora.paging import Pager, Traffic, open_store
+from minilora.qlora.paging_report import PagingReport, report_on
 
 PIECE = 65_536  # values computed at once: temporaries take 256 KiB each, which a CPU's cache holds
-MIN_8BIT_VALUES = 4096  # smaller tensors keep 32 bits, as in bitsandbytes: they cost little
 PAGE_MULTIPLE = 4096  # bytes: disks and operating systems move no less
 
 
@@ -139,7 +139,8 @@ class PagedAdamW(torch.optim.Optimizer):
             values32 = values[start:stop].float()  # a view, where they are float32 already
             adamw_(values32, gradients[start:stop].float(), m, v, step=self.state[p]["step"], **settings)
             moments.write(piece, m, v)
-            values[start:stop] = values32
+            if p.dtype != torch.float32:
+                values[start:stop] = values32
 
     def state_dict(self) -> dict[str, Any]:
         """Give all settings and moments as plain numbers and tensors: copies, in memory, whatever the budget.
@@ -150,9 +151,8 @@ class PagedAdamW(torch.optim.Optimizer):
         state_dict = super().state_dict()
         for index, p in self._numbered():
             if p in self._runs:
-                sizes = {name: length_of(name, p.numel()) for name in PARTS[self._bits(p)]}
                 whole = {
-                    name: torch.empty(sizes[name], dtype=dtype, device=p.device)
+                    name: torch.empty(length_of(name, p.numel()), dtype=dtype, device=p.device)
                     for name, dtype in PARTS[self._bits(p)].items()
                 }
                 for run, parts in self._visit(p):
@@ -185,9 +185,12 @@ class PagedAdamW(torch.optim.Optimizer):
                 for name, piece in cut(whole, run.start, run.stop).items():
                     parts[name].copy_(piece)
 
-    def report(self) -> "PagingReport":
+    def report(self) -> PagingReport:
         """Say of every parameter how its moments are kept, and why."""
-        tensors = [self._report_on(name, p) for name, p in self._named()]
+        tensors = [
+            report_on(name, p, self._bits(p), self.state_bits, self._runs.get(p, []), self._pager)
+            for name, p in self._named()
+        ]
         return PagingReport(tensors, replace(self.traffic))
 
     @property
@@ -245,28 +248,6 @@ class PagedAdamW(torch.optim.Optimizer):
             names = group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
             yield from zip(names, group["params"], strict=True)
 
-    def _report_on(self, name: str, p: Tensor) -> "TensorReport":
-        bits, runs, pager = self._bits(p), self._runs.get(p, []), self._pager
-        pages = {run.address // self.page_bytes for run in runs}
-        n_resident = len(pages & pager.resident)
-        why_bits = f"{bits} bits" + (f", for it has fewer than {MIN_8BIT_VALUES:,} values" * (bits != self.state_bits))
-        if not runs:
-            where = "no moments yet, for it has had no gradient"
-        elif pager.max_frames is None:
-            where = "resident: there is no budget"
-        elif not pager.is_paging:
-            where = f"resident: all {pager.n_pages} pages of moments fit in the budget, which holds {pager.max_frames}"
-        else:
-            where = (
-                f"paged, {n_resident} of its {len(pages)} pages are in: there are {pager.n_pages} pages of moments, "
-                f"and the budget holds {pager.max_frames}"
-            )
-        is_paged = bool(runs) and pager.is_paging
-        n_bytes = sum(run.n_bytes for run in runs)
-        return TensorReport(
-            name, tuple(p.shape), bits, n_bytes, is_paged, len(pages), n_resident, f"{why_bits}; {where}"
-        )
-
 
 def adamw_(
     p: Float32[Tensor, "n"],
@@ -295,35 +276,6 @@ def adamw_(
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
     p.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """How a parameter's moments are kept, and why."""
-
-    name: str
-    shape: tuple[int, ...]
-    state_bits: int
-    state_bytes: int
-    is_paged: bool
-    n_pages: int  # that hold any of it
-    n_resident: int  # of them, in fast memory now
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.shape}: {self.why}"
-
-
-@dataclass(frozen=True)
-class PagingReport:
-    """Every parameter's moments, and what has moved."""
-
-    tensors: list[TensorReport]
-    traffic: Traffic
-
-    def __str__(self) -> str:
-        n_bytes = sum(tensor.state_bytes for tensor in self.tensors)
-        return "\n".join([*map(str, self.tensors), f"{n_bytes:,} bytes of moments; {self.traffic}"])
 
 
 def disk_folder() -> Path:
