@@ -58,7 +58,7 @@ def dynamic_cells(device: torch.device, *, signed: bool = True) -> UInt8[Tensor,
 
     No two thresholds of the map share them: they are further apart than 2⁻⁷ of a number. So the code of any number is
     that of its cell, or the next. That is a look-up and one comparison; a binary search makes eight, which a CPU cannot
-    predict, and takes 15 times as long.
+    predict, and takes about ten times as long.
     """
     bits = torch.arange(2**16, dtype=torch.int32, device=device) << 16
     least = torch.where(bits < 0, bits | 0xFFFF, bits).view(torch.float32)
