@@ -8,7 +8,7 @@
     classroom              what only the lessons need: plots, sliders, exercises
 
 Read in this order: numpy_lora/forward, numpy_lora/nf4, torch_lora/layers, torch_lora/inject,
-torch_lora/peft_format, qlora/blockwise, qlora/linear, train/trainer.
+torch_lora/peft_format, qlora/blockwise, qlora/linear, qlora/paged_adamw, train/trainer.
 
 Letters and words, one meaning each:
 

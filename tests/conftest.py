@@ -18,6 +18,9 @@ SHAPES_CHECKED = [
     "minilora.qlora.codebooks",
     "minilora.qlora.blockwise",
     "minilora.qlora.linear",
+    "minilora.qlora.moments",
+    "minilora.qlora.paging",
+    "minilora.qlora.paged_adamw",
     "minilora.llm",
     "minilora.train",
 ]

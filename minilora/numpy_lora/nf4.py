@@ -57,20 +57,21 @@ def nf4_codebook() -> Float32[ndarray, "16"]:
     return values / values.max()
 
 
-def dynamic_map() -> Float32[ndarray, "256"]:
-    """Derive the 256 values in which absmax is kept under double quantization.
+def dynamic_map(*, signed: bool = True) -> Float32[ndarray, "256"]:
+    """Derive the 256 values in which absmax is kept under double quantization, and an optimizer's moments in 8 bits.
 
     Seven decades from 10⁻⁶ to 1, each twice as finely divided as the one below it (1, 2, 4 … 64 intervals of
     [0.1, 1], their midpoints), with either sign; then 0 and 1.          [8bit] section 2.1: "dynamic tree"
 
     The QLoRA paper says FP8; its authors' code, and so every 4-bit checkpoint, has this map. It has 127 negative
-    values, a zero and 128 positive ones.
+    values, a zero and 128 positive ones. What is never negative needs no sign: without it every decade has twice as
+    many intervals.
     """
     values = [np.float32(0), np.float32(1)]
     for decade in range(7):
-        bounds = linspace32(0.1, 1, 2**decade + 1)
+        bounds = linspace32(0.1, 1, 2**decade * (1 if signed else 2) + 1)
         middles = np.float32(10.0 ** (decade - 6)) * ((bounds[:-1] + bounds[1:]) / np.float32(2))
-        values += [*middles, *-middles]
+        values += [*middles, *-middles] if signed else [*middles]
     return np.sort(np.array(values, dtype=np.float32))
 
 

@@ -4,5 +4,17 @@ from minilora.qlora.blockwise import Quantized
 from minilora.qlora.codebooks import FP4, INT4, NF4, Codebook
 from minilora.qlora.fast import dequantize, quantize
 from minilora.qlora.linear import NF4Linear, QLoRALinear
+from minilora.qlora.paged_adamw import PagedAdamW
 
-__all__ = ["FP4", "INT4", "NF4", "Codebook", "NF4Linear", "QLoRALinear", "Quantized", "dequantize", "quantize"]
+__all__ = [
+    "FP4",
+    "INT4",
+    "NF4",
+    "Codebook",
+    "NF4Linear",
+    "PagedAdamW",
+    "QLoRALinear",
+    "Quantized",
+    "dequantize",
+    "quantize",
+]

@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE, SMALLEST_UNIT
-from minilora.qlora.codebooks import NF4, Codebook, dynamic_map
+from minilora.qlora.codebooks import NF4, Codebook, dynamic_cells, dynamic_map, dynamic_thresholds
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -98,9 +98,7 @@ def double_quantize(absmax: Float32[Tensor, "blocks"]) -> NestedAbsmax:
     code = nearest((absmax − offset) / absmax₂)        [QLoRA] eq. 6
     """
     offset = absmax.mean()
-    scaled, units = scale_blocks(absmax - offset, NESTED_BLOCK_SIZE)
-    values = dynamic_map(absmax.device)
-    codes = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2).to(torch.uint8)
+    codes, units = encode_8bit(absmax - offset)
     return NestedAbsmax(codes, units, offset)
 
 
@@ -109,8 +107,32 @@ def double_dequantize(nested: NestedAbsmax) -> Float32[Tensor, "blocks"]:
 
     absmax′ = map[code] · absmax₂ + offset
     """
-    units = nested.absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: nested.codes.numel()]
-    return dynamic_map(nested.codes.device)[nested.codes.int()] * units + nested.offset
+    return decode_8bit(nested.codes, nested.absmax) + nested.offset
+
+
+def encode_8bit(
+    flat: Float32[Tensor, "n"], *, signed: bool = True
+) -> tuple[UInt8[Tensor, "n"], Float32[Tensor, "blocks"]]:
+    """Round numbers to the nearest value of the dynamic map in units of their block's absmax, in blocks of 256.
+
+    code = nearest(number / absmax[block])             [8bit] section 2.1
+    """
+    scaled, absmax = scale_blocks(flat, NESTED_BLOCK_SIZE)
+    cells = scaled.view(torch.int32) >> 16 & 0xFFFF
+    codes = dynamic_cells(flat.device, signed=signed).index_select(0, cells)  # right, or one too low
+    thresholds = dynamic_thresholds(flat.device, signed=signed).index_select(0, codes.int())
+    return codes + (scaled > thresholds), absmax
+
+
+def decode_8bit(
+    codes: UInt8[Tensor, "n"], absmax: Float32[Tensor, "blocks"], *, signed: bool = True
+) -> Float32[Tensor, "n"]:
+    """Turn 8-bit codes back into numbers.
+
+    number ≈ map[code] · absmax[block]                 [8bit] section 2.1
+    """
+    values = dynamic_map(codes.device, signed=signed).index_select(0, codes.int())
+    return values.mul_(absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()])
 
 
 def block_units(quantized: Quantized) -> Float32[Tensor, "blocks"]:

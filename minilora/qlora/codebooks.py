@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from minilora.numpy_lora.nf4 import dynamic_map as derive_dynamic_map
@@ -47,6 +47,26 @@ INT4 = Codebook("int4", tuple(code / 7 for code in range(-8, 8)))  # −8/7 is n
 
 
 @cache
-def dynamic_map(device: torch.device) -> Float32[Tensor, "256"]:
-    """Give the 256 values of double quantization as a tensor on a device: numpy_lora/nf4 derives them."""
-    return torch.from_numpy(derive_dynamic_map()).to(device)
+def dynamic_map(device: torch.device, *, signed: bool = True) -> Float32[Tensor, "256"]:
+    """Give the 256 values of 8 bits as a tensor on a device: numpy_lora/nf4 derives them."""
+    return torch.from_numpy(derive_dynamic_map(signed=signed)).to(device)
+
+
+@cache
+def dynamic_cells(device: torch.device, *, signed: bool = True) -> UInt8[Tensor, "65536"]:
+    """Give the code of the least float32 among all that share their upper 16 bits, for any such bits.
+
+    No two thresholds of the map share them: they are further apart than 2⁻⁷ of a number. So the code of any number is
+    that of its cell, or the next. That is a look-up and one comparison; a binary search makes eight, which a CPU cannot
+    predict, and takes about ten times as long.
+    """
+    bits = torch.arange(2**16, dtype=torch.int32, device=device) << 16
+    least = torch.where(bits < 0, bits | 0xFFFF, bits).view(torch.float32)
+    return torch.bucketize(least, dynamic_thresholds(device, signed=signed)).to(torch.uint8)
+
+
+@cache
+def dynamic_thresholds(device: torch.device, *, signed: bool = True) -> Float32[Tensor, "256"]:
+    """Give the numbers halfway between neighbours of the map, and an infinity behind the last."""
+    values = dynamic_map(device, signed=signed)
+    return torch.nn.functional.pad((values[:-1] + values[1:]) / 2, (0, 1), value=torch.inf)
