@@ -13,6 +13,8 @@ Every measurement is a process of its own. A time is the median of its steps aft
 process's peak resident set after the model is loaded (VmHWM, reset through /proc/self/clear_refs); the peak of its
 whole life stands beside it. A ratio is ours / theirs within one round: the median of the rounds is given, the least and
 the largest.
+
+bitsandbytes runs here as installed: without the optional package `kernels`, for whose CPU kernel it asks at import.
 """
 
 import argparse
@@ -51,7 +53,7 @@ def main() -> None:
 
 def compare(case: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run both sides by turns, print a line for each round and the ratios of all."""
-    print(f"{case}, {options.batch} x {options.tokens} tokens, r {options.rank}")
+    print(f"{case}, {options.batch} x {options.tokens} tokens, r {options.r}")
     rounds = []
     for number in range(options.rounds):
         sides = ["ours", "peft"] if number % 2 == 0 else ["peft", "ours"]
@@ -60,7 +62,7 @@ def compare(case: str, options: argparse.Namespace) -> dict[str, Any]:
         rounds.append(found)
         line = (f"{side} {found[side]['step_s']:.2f} s, {found[side]['peak_gib']:.2f} GiB" for side in ("ours", "peft"))
         print(f"  round {number + 1}: {'; '.join(line)}", flush=True)
-    row: dict[str, Any] = {"case": case, "batch": options.batch, "tokens": options.tokens, "rank": options.rank}
+    row: dict[str, Any] = {"case": case, "batch": options.batch, "tokens": options.tokens, "r": options.r}
     row |= {"rounds": rounds, "losses": {side: rounds[0][side]["loss"] for side in rounds[0]}}
     for what in ("step_s", "peak_gib", "process_peak_gib"):
         ratios = [found["ours"][what] / found["peft"][what] for found in rounds]
@@ -70,7 +72,7 @@ def compare(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_a_process(side: str, case: str, options: argparse.Namespace) -> dict[str, Any]:
-    numbers = ("batch", "tokens", "rank", "steps", "threads")
+    numbers = ("batch", "tokens", "r", "steps", "threads")
     given = [text for name in numbers for text in (f"--{name}", str(getattr(options, name)))]
     command = [sys.executable, __file__, "--side", side, "--cases", case, *given]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
@@ -94,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     method, dtype = CASES[options.cases[0]]
     build = {"ours": ours, "peft": peft}[options.side]
-    model, loss_of = build(method, getattr(torch, dtype), options.rank)
+    model, loss_of = build(method, getattr(torch, dtype), options.r)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     tokens = torch.randint(0, 49152, (options.batch, options.tokens), generator=torch.Generator().manual_seed(0))
@@ -118,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def ours(method: str, dtype: Any, rank: int) -> tuple[Any, Callable[[Any], Any]]:
+def ours(method: str, dtype: Any, r: int) -> tuple[Any, Callable[[Any], Any]]:
     from minilora.llm import load_model
     from minilora.qlora import QLoRALinear
     from minilora.torch_lora import LoRALinear, inject
@@ -127,11 +129,11 @@ def ours(method: str, dtype: Any, rank: int) -> tuple[Any, Callable[[Any], Any]]
 
     model, _ = load_model("smollm2-135m", dtype=dtype)
     wrap = {"lora": LoRALinear, "qlora": QLoRALinear}[method]
-    inject(model, "all-linear", lambda base: wrap(base, r=rank, alpha=2 * rank))
+    inject(model, "all-linear", lambda base: wrap(base, r=r, alpha=2 * r))
     return model.train(), lambda tokens: loss_of(model, Batch(tokens, tokens))
 
 
-def peft(method: str, dtype: Any, rank: int) -> tuple[Any, Callable[[Any], Any]]:
+def peft(method: str, dtype: Any, r: int) -> tuple[Any, Callable[[Any], Any]]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -149,7 +151,7 @@ def peft(method: str, dtype: Any, rank: int) -> tuple[Any, Callable[[Any], Any]]
         smollm2.fetch(), dtype=dtype, quantization_config=four_bits, device_map="cpu"
     )
     base.config.use_cache = False
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     return model.train(), lambda tokens: model(input_ids=tokens, labels=tokens).loss
 
@@ -173,7 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=["qlora-bf16", "lora-bf16", "lora-fp32"], choices=CASES)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
