@@ -176,9 +176,7 @@ def figure_html(figure: Figure, alt: str, finding: str) -> str:
 
 def loss_section(steps: Sequence[Step]) -> str:
     """How the loss fell."""
-    losses = [step.loss for step in steps]
-    if len(steps) >= 2 * SMOOTHING:
-        losses = running_median(losses, SMOOTHING)
+    losses = smoothed(steps) or [step.loss for step in steps]
     peak = max(range(len(steps)), key=lambda place: steps[place].lr) + 1
     first, last = steps[0].loss, losses[-1]
     tenth = next((step.number for step, loss in zip(steps, losses, strict=True) if loss < first / 10), None)
@@ -192,6 +190,11 @@ def loss_section(steps: Sequence[Step]) -> str:
     )
 
 
+def smoothed(steps: Sequence[Step]) -> list[float]:
+    """The running median of the losses; none where the steps are too few for one to mean anything."""
+    return running_median([step.loss for step in steps], SMOOTHING) if len(steps) >= 2 * SMOOTHING else []
+
+
 @styled
 def loss_figure(steps: Sequence[Step]) -> Figure:
     """Loss of every step and its running median, over the learning rate."""
@@ -199,8 +202,8 @@ def loss_figure(steps: Sequence[Step]) -> Figure:
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     numbers, losses = [step.number for step in steps], [step.loss for step in steps]
     loss.plot(numbers, losses, "o", color=BLUE, markersize=3, alpha=0.55, label="one step")
-    if len(steps) >= 2 * SMOOTHING:
-        loss.plot(numbers, running_median(losses, SMOOTHING), color=ORANGE, linewidth=2, label=f"median of {SMOOTHING}")
+    if medians := smoothed(steps):
+        loss.plot(numbers, medians, color=ORANGE, linewidth=2, label=f"median of {SMOOTHING}")
     loss.set_yscale("log")
     loss.set_ylabel("loss, nats per token")
     loss.grid(True)

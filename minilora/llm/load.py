@@ -11,7 +11,7 @@ in the file and the system pages them in; for another dtype one tensor after the
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -62,8 +62,9 @@ def load_model(
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path, dtype, device)
     if HUB_NAME.fullmatch(str(name_or_path)):
-        folder = _from_hub(str(name_or_path))
-        return _from_folder(folder, dtype, device, Origin(name=str(name_or_path), files=tuple(_weight_files(folder))))
+        model, tokenizer = _from_folder(_from_hub(str(name_or_path)), dtype, device)
+        model.origin = replace(model.origin, name=str(name_or_path))
+        return model, tokenizer
     raise ValueError(
         f"there is no model {str(name_or_path)!r}: give {smollm2.NAME!r}, a folder with safetensors, a .gguf file, "
         "or a hub name such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"
