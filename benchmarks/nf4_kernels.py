@@ -16,14 +16,14 @@ Other programs on the machine stretch both times, and scatter the ratio. --cpu-t
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import about
 
 SHAPES = ["4096x4096", "1536x576", "576x1536", "576x576", "192x576"]  # a 7B model's, and all of SmolLM2-135M's
 ROUND_S = 0.005  # a sample is repeated until it takes this long, so that the clock does not matter
@@ -51,8 +51,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    about = machine(options)
-    print("\n".join(f"{name:<24}{value}" for name, value in about.items()), end="\n\n")
+    facts = machine(options)
+    print("\n".join(f"{name:<24}{value}" for name, value in facts.items()), end="\n\n")
     print(f"{'':<11}{'shape':<11}{'dtype':<10}{'units':<9}{'ours':>11}{'theirs':>12}   ratio (least to largest)")
     rows = []
     for shape in options.shapes:
@@ -65,7 +65,7 @@ def main() -> None:
                     print(line(row), flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 def compare(w: Any, shape: str, double: bool, options: argparse.Namespace) -> list[Row]:
@@ -131,20 +131,12 @@ def seconds(f: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> f
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """What the figures depend on."""
-    import torch
-
-    cpu_info = Path("/proc/cpuinfo")
-    names = [text for text in cpu_info.read_text().splitlines() if "model name" in text] if cpu_info.exists() else []
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return {
-        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
+    return about("torch", "numba", "bitsandbytes") | {
         "threads": options.threads,
         "clock": "CPU time" if options.cpu_time else "wall clock",
         "load_before": round(os.getloadavg()[0], 2),
         "transparent_huge_pages": pages.read_text().strip() if pages.exists() else "no such setting",
-        **{name: version(name) for name in ("torch", "numba", "bitsandbytes")},
     }
 
 

@@ -20,15 +20,15 @@ bitsandbytes runs here as installed: without the optional package `kernels`, for
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import about
 
 CASES = {  # method, dtype
     "qlora-bf16": ("qlora", "bfloat16"),
@@ -45,10 +45,11 @@ def main() -> None:
     if options.side:
         print(json.dumps(measure(options)))
         return
-    print("\n".join(f"{name:<24}{value}" for name, value in machine().items()), end="\n\n")
+    facts = about(*PACKAGES)
+    print("\n".join(f"{name:<24}{value}" for name, value in facts.items()), end="\n\n")
     rows = [compare(case, options) for case in options.cases]
     if options.json:
-        Path(options.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+        Path(options.json).write_text(json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n")
 
 
 def compare(case: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -159,15 +160,6 @@ def peft(method: str, dtype: Any, r: int) -> tuple[Any, Callable[[Any], Any]]:
 def peak_gib() -> float:
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / GIB
-
-
-def machine() -> dict[str, str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    wanted = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
-    about = {"CPU": f"{cpu}, {os.cpu_count()} cores, {' '.join(wanted)}", "Python": platform.python_version()}
-    return about | {package: version(package) for package in PACKAGES}
 
 
 def parse() -> argparse.Namespace:
