@@ -1,7 +1,7 @@
 """Sentences and the JSON that they say: a task made from a seed, as large as wanted, with one right answer each.
 
     "On 3 March 2021, Amara Okonkwo ordered 14 lamps from Lisbon."
-    {"name": "Amara Okonkwo", "city": "Lisbon", "quantity": 14, "date": "2021-03-03"}
+    {"name":"Amara Okonkwo","city":"Lisbon","quantity":14,"date":"2021-03-03"}
 
 The name must be copied letter by letter, the date must be rewritten, the number must lose its quotes. A model of
 135M parameters learns the form in some twenty steps; what is hard is to copy a name that it has never met.
@@ -19,7 +19,7 @@ import random
 from dataclasses import dataclass
 from datetime import date, timedelta
 
-INSTRUCTION = "Extract name, city, quantity and date (YYYY-MM-DD) as JSON."
+INSTRUCTION = "Give name, city, quantity, date as JSON."
 KEYS = ("name", "city", "quantity", "date")
 
 
@@ -37,7 +37,8 @@ class Example:
     @property
     def answer(self) -> str:
         """The JSON text that a model should give, to the letter."""
-        return json.dumps({key: getattr(self, key) for key in KEYS}, ensure_ascii=False)
+        record = {key: getattr(self, key) for key in KEYS}
+        return json.dumps(record, ensure_ascii=False, separators=(",", ":"))  # spaces would be a sixth of its tokens
 
     @property
     def messages(self) -> list[dict[str, str]]:

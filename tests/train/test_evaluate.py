@@ -122,7 +122,7 @@ ROY = Example("…", name="Ana Roy", city="Oslo", quantity=14, date="2021-03-05"
         ('"city"', '"town"', ["other keys"]),
         ("}", ', "more": 1}', ["other keys"]),
         ("}", "", ["not JSON"]),
-        (", ", ",", ["right facts, written otherwise"]),
+        (",", ", ", ["right facts, written otherwise"]),
     ],
 )
 def test_a_miss_is_told_by_its_kind(right, wrong, problems):
