@@ -136,7 +136,7 @@ def _product(x: Tensor, quantized: Quantized, bias: Tensor | None, *, backward: 
         return y.reshape(*x.shape[:-1], width)
     tiling, group = tiling_for(len(rows)), math.gcd(in_features, quantized.block_size, COLUMNS)
     y_tile, step = (COLUMNS, tiling.w_rows) if backward else (tiling.w_rows, COLUMNS)
-    tiles = triton.cdiv(len(rows), tiling.x_rows), triton.cdiv(width, y_tile)
+    tiles = triton.cdiv(width, y_tile), triton.cdiv(len(rows), tiling.x_rows)
     n_parts = max(1, min(triton.cdiv(rows.shape[1], step), tiling.programs // math.prod(tiles)))
     parts = torch.empty(n_parts, *y.shape, device=x.device)  # float32
     with launching_on(x.device):
@@ -195,8 +195,8 @@ def _multiply_parts(
     Y_TILE: tl.constexpr = COLUMNS if BACKWARD else W_ROWS
     STEP: tl.constexpr = W_ROWS if BACKWARD else COLUMNS
     x_width, y_width = (out_features, in_features) if BACKWARD else (in_features, out_features)
-    m = tl.program_id(0).to(tl.int64) * X_ROWS + tl.arange(0, X_ROWS)
-    n_start, part = tl.program_id(1) * Y_TILE, tl.program_id(2)
+    m = tl.program_id(1).to(tl.int64) * X_ROWS + tl.arange(0, X_ROWS)
+    n_start, part = tl.program_id(0) * Y_TILE, tl.program_id(2)
     n = n_start + tl.arange(0, Y_TILE)
     total = tl.full((X_ROWS, Y_TILE), 0, tl.float32)
     for k_start in range(part * STEP, x_width, tl.num_programs(2) * STEP):

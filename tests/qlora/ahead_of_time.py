@@ -43,7 +43,7 @@ def compile_for(
 ) -> "triton.CompiledKernel":
     """Compile a kernel: `kinds` are the types of what is no constant; pointers, and `by16`, are multiples of 16."""
     signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in by16]
+    aligned = [name for name, kind in kinds.items() if kind.startswith("*") or name in by16]
     places = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     constants = constants | {name: None for name in signature if name not in kinds and name not in constants}
     return triton.compile(ASTSource(kernel, signature, constants, places), GPUTarget("cuda", capability, 32), options)

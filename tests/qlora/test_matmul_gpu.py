@@ -126,6 +126,18 @@ def test_the_bits_of_a_row_do_not_depend_on_how_often_it_is_asked_for(interprete
     assert torch.equal(interpreted.linear(x.expand(9, -1), quantized), interpreted.linear(x, quantized).expand(9, -1))
 
 
+@pytest.mark.parametrize("programs", [1, 6, 8, 1000])
+@pytest.mark.parametrize("n_rows", [2, 20])
+def test_a_program_may_take_several_tiles_of_a_sum(interpreted, monkeypatch, n_rows, programs):
+    for name in ("FEW_ROWS", "MANY_ROWS"):
+        monkeypatch.setattr(interpreted, name, replace(getattr(interpreted, name), programs=programs))
+    quantized = blockwise.quantize(torch.randn(150, 656), double=True)
+    x, dy, W = torch.randn(n_rows, 656), torch.randn(n_rows, 150), blockwise.dequantize(quantized)
+
+    assert_within_the_bound(interpreted.linear(x, quantized), x, W)  # 6 tiles a row; 5 rows of tiles, or 3
+    assert_within_the_bound(interpreted.linear_backward(dy, quantized), dy, W.T)
+
+
 def test_x_may_have_three_axes_and_any_strides(interpreted):
     quantized = blockwise.quantize(torch.randn(40, 96))
     W = blockwise.dequantize(quantized)
@@ -237,7 +249,14 @@ def test_the_rows_that_fast_takes_are_one_tile():
 
 
 def compile_for(
-    capability: int, dtype: torch.dtype, tiling: Tiling, *, backward: bool, double: bool = True, block_size: int = 64
+    capability: int,
+    dtype: torch.dtype,
+    tiling: Tiling,
+    *,
+    backward: bool,
+    double: bool = True,
+    block_size: int = 64,
+    ones: tuple[str, ...] = (),  # sizes that are 1: Triton makes them constants
 ):
     nested = dict.fromkeys(["nested_absmax", "offset", "nested_values"], "*fp32") if double else {}
     kinds = {
@@ -246,7 +265,7 @@ def compile_for(
         "absmax": "*u8" if double else "*fp32",
         "values": "*fp32",
         "parts": "*fp32",
-        **dict.fromkeys(["n_rows", "out_features", "in_features"], "i32"),
+        **dict.fromkeys({"n_rows", "out_features", "in_features"} - {*ones}, "i32"),
     }
     group = min(block_size, COLUMNS)
     constants = {
@@ -258,6 +277,7 @@ def compile_for(
         "GROUPS_A_BLOCK": block_size // group,
         "NESTED_BLOCK_SIZE": 256,
         "UPCAST": False,
+        **dict.fromkeys(ones, 1),
     }
     kernel, options = matmul_gpu._multiply_parts, matmul_gpu.compile_options(tiling)
     by16 = ["out_features", "in_features"]
@@ -280,6 +300,28 @@ def test_the_kernel_compiles_without_spills(capability, tiling, backward, dtype,
     assert used["REG"] <= tiling.registers
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("ones", [("n_rows",), ("out_features",), ("n_rows", "out_features")])
+def test_the_kernel_compiles_where_a_size_is_one(backward, ones, tmp_path):
+    kernel = compile_for(90, torch.bfloat16, FEW_ROWS, backward=backward, ones=ones)
+    used = resource_usage(kernel, tmp_path)
+
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+
+
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bias", "ones"), [(True, ()), (False, ("n_parts",)), (True, ("count", "width"))])
+def test_the_kernel_that_adds_parts_compiles_without_spills(capability, dtype, bias, ones, tmp_path):
+    kinds = {"parts": "*fp32", "y": POINTERS[dtype]} | dict.fromkeys({"n_parts", "count", "width"} - {*ones}, "i32")
+    kinds |= {"bias": POINTERS[dtype]} if bias else {}
+    constants = dict.fromkeys(ones, 1) | {"TILE": matmul_gpu.ADDED_A_PROGRAM}
+    kernel = ahead_of_time.compile_for(capability, matmul_gpu._add_parts, kinds, constants, {})
+    used = resource_usage(kernel, tmp_path)
+
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+
+
 def test_all_programs_of_few_rows_are_on_a_card_at_once():
     programs_a_core = 65_536 // (32 * FEW_ROWS.num_warps * FEW_ROWS.registers)
 
@@ -298,6 +340,23 @@ def test_tensor_cores_multiply_and_add_in_float32(dtype, kind, backward):
 
     assert all(re.search(by_warp, code[case]) for case in [(80, 16), (80, 64), (90, 16)])
     assert re.search(by_four_warps, code[90, 64])
+
+
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_compiled_kernel_rounds_a_weight_as_the_reference_does(capability, backward):
+    ptx = compile_for(capability, torch.bfloat16, FEW_ROWS, backward=backward).asm["ptx"]
+
+    assert "fma." not in ptx  # the product of a unit is rounded before its offset is added
+    assert "cvt.rn.bf16" in ptx  # to the nearest, the even one of two
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_codes_beyond_two_to_the_32_are_found_by_64_bits(backward):
+    code = compile_for(90, torch.bfloat16, FEW_ROWS, backward=backward).asm["ttir"]
+    offsets = re.findall(r"tt\.addptr %\S+, %\S+ : tensor<\S+!tt\.ptr<i8>>, tensor<(?:\d+x)+(i\d+)>", code)
+
+    assert offsets == ["i64", "i64"]  # of units, of packed
 
 
 @pytest.mark.parametrize("capability", CARDS)
