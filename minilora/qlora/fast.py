@@ -1,16 +1,20 @@
-"""quantize and dequantize by the fastest way for a tensor's device; blockwise has their readable twins and meaning.
+"""quantize, dequantize and multiply by the fastest way for a tensor's device; blockwise has the readable twins.
 
-CPU    Numba kernels, kernels_cpu
-CUDA   dequantize by Triton, kernels_gpu; quantize (once a weight) by the reference
+CPU    Numba kernels, kernels_cpu; products through floats
+CUDA   dequantize by Triton, kernels_gpu; quantize (once a weight) by the reference; products of few rows by Triton
+       in 4 bits, matmul_gpu, of many through floats
 other  the reference
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.qlora import blockwise
 from minilora.qlora.blockwise import Quantized
 from minilora.qlora.codebooks import NF4, Codebook
+
+MOST_ROWS_IN_4_BITS = 16  # the table in matmul_gpu: counted at its worst, still faster than the other at its best
 
 
 def quantize(w: Tensor, codebook: Codebook = NF4, block_size: int = 64, *, double: bool = False) -> Quantized:
@@ -37,3 +41,27 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
 
         return kernels_gpu.dequantize(quantized, dtype)
     return blockwise.dequantize(quantized, dtype)
+
+
+def linear(x: Tensor, quantized: Quantized, bias: Tensor | None = None) -> Tensor:
+    """Multiply by a weight in 4 bits: x Wᵀ + bias. No gradients: NF4Linear gives them."""
+    if multiplies_in_4_bits(x):
+        from minilora.qlora import matmul_gpu
+
+        return matmul_gpu.linear(x, quantized, bias)
+    return F.linear(x, dequantize(quantized, x.dtype), bias)
+
+
+def linear_backward(dy: Tensor, quantized: Quantized) -> Tensor:
+    """Multiply a gradient by a weight in 4 bits: dy W."""
+    if multiplies_in_4_bits(dy):
+        from minilora.qlora import matmul_gpu
+
+        return matmul_gpu.linear_backward(dy, quantized)
+    return dy @ dequantize(quantized, dy.dtype)
+
+
+def multiplies_in_4_bits(x: Tensor) -> bool:
+    """Decide whether a product with these rows goes without floats of the whole weight."""
+    few = x.shape[:-1].numel() <= MOST_ROWS_IN_4_BITS
+    return few and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)

@@ -15,6 +15,7 @@ and read again as float32, 0.125 byte a weight. A short last block is left to th
 from __future__ import annotations  # without Triton there is no tl to look a signature's names up in
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
             or codes or units are missing.
     """
     packed, block_size = quantized.packed.contiguous(), quantized.block_size
-    _check_runnable(packed.device)
+    check_runnable(_dequantize_blocks, packed.device, "minilora.qlora.dequantize")
     check_complete(quantized)
     if block_size not in BLOCK_SIZES:
         return blockwise.dequantize(quantized, dtype)
@@ -53,17 +54,18 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
     weights = torch.empty(n_blocks * block_size + rest, dtype=dtype, device=packed.device)
     blocks_a_program = max(1, 2 * BYTES_A_PROGRAM // block_size)
     if n_blocks:
-        _dequantize_blocks[(triton.cdiv(n_blocks, blocks_a_program),)](
-            packed,
-            *_units(quantized),
-            quantized.codebook.table(packed.device),
-            weights,
-            n_blocks,
-            HALF=block_size // 2,
-            BLOCKS=blocks_a_program,
-            NESTED_BLOCK_SIZE=NESTED_BLOCK_SIZE,
-            **COMPILE_OPTIONS,
-        )
+        with launching_on(packed.device):
+            _dequantize_blocks[(triton.cdiv(n_blocks, blocks_a_program),)](
+                packed,
+                *stored_units(quantized),
+                quantized.codebook.table(packed.device),
+                weights,
+                n_blocks,
+                HALF=block_size // 2,
+                BLOCKS=blocks_a_program,
+                NESTED_BLOCK_SIZE=NESTED_BLOCK_SIZE,
+                **COMPILE_OPTIONS,
+            )
     if rest:
         units = block_units(quantized)[n_blocks:]
         last = Quantized(packed[n_blocks * block_size // 2 :], units, quantized.codebook, block_size, (rest,))
@@ -71,17 +73,27 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
     return weights.reshape(quantized.shape)
 
 
-def _check_runnable(device: torch.device) -> None:
+def check_runnable(kernel: object, device: torch.device, instead: str) -> None:
+    """Refuse to start a kernel where there is none, or where it cannot run.
+
+    Raises:
+        ImportError, ValueError: as dequantize.
+    """
     if triton is None:
         raise ImportError("Triton is not installed: pip install triton (CUDA builds of torch bring it)")
-    if device.type != "cuda" and isinstance(_dequantize_blocks, triton.JITFunction):
+    if device.type != "cuda" and isinstance(kernel, triton.JITFunction):
         raise ValueError(
             f"Triton's kernel runs on a CUDA device and this weight is on {device}: move it there, "
-            "or use minilora.qlora.dequantize, which takes the fastest way for every device"
+            f"or use {instead}, which takes the fastest way for every device"
         )
 
 
-def _units(quantized: Quantized) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a card the current one for a while: Triton starts its kernels there, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def stored_units(quantized: Quantized) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Give absmax as it is stored, and what is needed to read it: 8-bit units have their own units, offset and map."""
     nested = quantized.absmax
     if isinstance(nested, Tensor):
@@ -89,11 +101,12 @@ def _units(quantized: Quantized) -> tuple[Tensor, Tensor | None, Tensor | None, 
     return nested.codes, nested.absmax, nested.offset, dynamic_map(nested.codes.device)
 
 
-def _jit(kernel):  # type: ignore[no-untyped-def]
+def jit(kernel):  # type: ignore[no-untyped-def]
+    """Make a kernel of a function; without Triton, leave it."""
     return kernel if triton is None else triton.jit(kernel)
 
 
-@_jit
+@jit
 def _dequantize_blocks(
     packed,
     absmax,  # float32, or 8 bits with the next three

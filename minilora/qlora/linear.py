@@ -1,7 +1,8 @@
 """QLoRA's layer: LoRA over a frozen linear layer whose weight is kept in 4 bits.
 
     x, y       (*n, in), (*n, out)
-    W          exists in floats only while one product runs; then it is dropped, and made again for the backward
+    W          exists in floats only while one product runs; then it is dropped, and made again for the backward.
+               Where few rows are multiplied on a GPU (text generation), it never does: fast.linear
 
     forward    y  = x Wᵀ + bias          with  W = dequantize(quantized)
     backward   dx = dy W                 W is frozen: there is no dW
@@ -12,13 +13,12 @@ Read before this file: torch_lora/layers, blockwise.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minilora.qlora import fast
 from minilora.qlora.blockwise import NestedAbsmax, Quantized
 from minilora.qlora.codebooks import NF4, Codebook
-from minilora.qlora.fast import dequantize, quantize
 from minilora.torch_lora.layers import LoRALayer, LoRALinear
 
 
@@ -55,7 +55,7 @@ class NF4Linear(nn.Module):
             raise TypeError(f"NF4Linear is made from an nn.Linear; this is a {type(linear).__name__}: {hint}")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.codebook, self.block_size = codebook, block_size
-        quantized = quantize(linear.weight, codebook, block_size, double=double)
+        quantized = fast.quantize(linear.weight, codebook, block_size, double=double)
         absmax = quantized.absmax
         nested = absmax if isinstance(absmax, NestedAbsmax) else None
         units = absmax.absmax if isinstance(absmax, NestedAbsmax) else absmax
@@ -90,7 +90,7 @@ class NF4Linear(nn.Module):
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """Give the weight as floats: a new tensor, which nothing here holds on to."""
-        return dequantize(self.quantized, dtype)
+        return fast.dequantize(self.quantized, dtype)
 
     def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
         return _FrozenProduct.apply(x, self)
@@ -110,11 +110,11 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, layer.dense_weight(x.dtype), bias)
+        return fast.linear(x, layer.quantized, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return dy @ ctx.layer.dense_weight(dy.dtype), None
+        return fast.linear_backward(dy, ctx.layer.quantized), None
 
 
 def QLoRALinear(

@@ -1,48 +1,27 @@
 """The Triton kernel without a GPU: interpreted, against the reference; compiled for two cards, and counted."""
 
-import importlib.util
-import os
-import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
+import ahead_of_time
 import pytest
 import torch
+from ahead_of_time import CARDS, POINTERS, import_interpreted, resource_usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.qlora import FP4, INT4, NF4, blockwise, kernels_gpu
 from minilora.qlora.blockwise import BLOCK_SIZES
 
-try:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-except ImportError:
-    if os.environ.get("CI"):
-        raise
-    pytest.skip("Triton is missing: pip install triton", allow_module_level=True)
-
 EXACT_WHEN_INTERPRETED = [torch.float32, torch.float16, torch.float64]  # its bfloat16 is cut off, not rounded
-CARDS = {80: "A100", 90: "H100"}
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 N_THREADS = 32 * kernels_gpu.COMPILE_OPTIONS["num_warps"]
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> ModuleType:
-    """kernels_gpu once more, as it is where TRITON_INTERPRET is set before it is imported."""
-    spec = importlib.util.spec_from_file_location("kernels_gpu_interpreted", kernels_gpu.__file__)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    return module
+    return import_interpreted(kernels_gpu)
 
 
 # --- interpreted: the same bits as the reference
@@ -92,38 +71,14 @@ def test_a_weight_with_codes_missing_is_refused_before_the_kernel_reads_beyond_t
 # --- compiled ahead of time: no GPU is needed for that
 
 
-def compile_for(capability: int, dtype: torch.dtype, *, double: bool, block_size: int = 64) -> "triton.CompiledKernel":
-    nested = "*fp32" if double else "constexpr"
+def compile_for(capability: int, dtype: torch.dtype, *, double: bool, block_size: int = 64):
+    nested = dict.fromkeys(["nested_absmax", "offset", "nested_values"], "*fp32") if double else {}
+    absmax = "*u8" if double else "*fp32"
+    kinds = {"packed": "*u8", "absmax": absmax, "values": "*fp32", "weights": POINTERS[dtype], "n_blocks": "i32"}
     blocks = max(1, 2 * kernels_gpu.BYTES_A_PROGRAM // block_size)
     constants = {"HALF": block_size // 2, "BLOCKS": blocks, "NESTED_BLOCK_SIZE": 256}
-    signature = {
-        "packed": "*u8",
-        "absmax": "*u8" if double else "*fp32",
-        "nested_absmax": nested,
-        "offset": nested,
-        "nested_values": nested,
-        "values": "*fp32",
-        "weights": POINTERS[dtype],
-        "n_blocks": "i32",
-        **dict.fromkeys(constants, "constexpr"),
-    }
-    constants |= {} if double else {"nested_absmax": None, "offset": None, "nested_values": None}
-    aligned = {
-        (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
-    }
-    source = ASTSource(kernels_gpu._dequantize_blocks, signature, constants, aligned)
-    return triton.compile(source, GPUTarget("cuda", capability, 32), kernels_gpu.COMPILE_OPTIONS)
-
-
-def cuobjdump(option: str, cubin: bytes, folder: Path) -> str:
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    tool = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
-    if tool is None:
-        missing = "cuobjdump is missing: it comes with Triton's wheels, and with the CUDA toolkit"
-        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    return subprocess.run([tool, option, str(path)], check=True, capture_output=True, text=True).stdout
+    kernel, options = kernels_gpu._dequantize_blocks, kernels_gpu.COMPILE_OPTIONS
+    return ahead_of_time.compile_for(capability, kernel, kinds | nested, constants, options)
 
 
 @pytest.mark.parametrize("capability", CARDS)
@@ -131,8 +86,7 @@ def cuobjdump(option: str, cubin: bytes, folder: Path) -> str:
 @pytest.mark.parametrize(("dtype", "block_size"), [(torch.float32, 64), (torch.float16, 32), (torch.bfloat16, 4096)])
 def test_the_kernel_compiles_ahead_of_time_without_spills(capability, double, dtype, block_size, tmp_path):
     kernel = compile_for(capability, dtype, double=double, block_size=block_size)
-    usage = cuobjdump("--dump-resource-usage", kernel.asm["cubin"], tmp_path)
-    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    used = resource_usage(kernel, tmp_path)
 
     assert f".target sm_{capability}" in kernel.asm["ptx"]
     assert (used["STACK"], used["LOCAL"]) == (0, 0)  # a spilled register would lie there
@@ -149,9 +103,8 @@ def test_the_compiled_kernel_rounds_as_the_reference_does(capability):
 
 @pytest.mark.parametrize("capability", CARDS)
 def test_the_counts_in_the_docstring_are_those_of_the_machine_code(capability, tmp_path):
-    code = cuobjdump("-sass", compile_for(capability, torch.bfloat16, double=True).asm["cubin"], tmp_path)
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9.]+)", code, flags=re.MULTILINE)
-    run = instructions[: len(instructions) - instructions[::-1].index("EXIT")]  # behind it the code is filled up
+    code = ahead_of_time.instructions(compile_for(capability, torch.bfloat16, double=True), tmp_path)
+    run = [name for _, name, _ in code]
     weights_a_thread = 2 * kernels_gpu.BYTES_A_PROGRAM / N_THREADS
 
     assert len(run) / weights_a_thread <= 14

@@ -8,27 +8,27 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.qlora import FP4, NF4Linear, QLoRALinear
+from minilora.qlora import FP4, NF4Linear, QLoRALinear, Quantized, fast
 from minilora.torch_lora import LoRALinear, merged
 
 
-def dense_weights_made(layer: NF4Linear, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
-    """Watch every float copy of a layer's weight that is made."""
+def dense_weights_made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
+    """Watch every float copy of a weight that is made."""
     made: list[weakref.ref] = []
-    original = NF4Linear.dense_weight
+    original = fast.dequantize
 
-    def watched(self: NF4Linear, dtype: torch.dtype) -> torch.Tensor:
-        weight = original(self, dtype)
+    def watched(quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
+        weight = original(quantized, dtype)
         made.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(NF4Linear, "dense_weight", watched)
+    monkeypatch.setattr(fast, "dequantize", watched)
     return made
 
 
 def test_the_float_weight_is_gone_after_the_forward_and_after_the_backward(monkeypatch):
     layer = QLoRALinear(nn.Linear(96, 40), r=4, alpha=8)
-    made = dense_weights_made(layer.base, monkeypatch)
+    made = dense_weights_made(monkeypatch)
     x = torch.randn(5, 96, requires_grad=True)
     y = layer(x)
     gc.collect()
@@ -61,7 +61,7 @@ def test_gradients_reach_x_a_and_b_in_float64():
 
 def test_nothing_is_dequantized_in_the_backward_of_a_first_layer(monkeypatch):
     layer = QLoRALinear(nn.Linear(96, 40), r=4, alpha=8)
-    made = dense_weights_made(layer.base, monkeypatch)
+    made = dense_weights_made(monkeypatch)
     layer(torch.randn(5, 96)).sum().backward()
 
     assert len(made) == 1
