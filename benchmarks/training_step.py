@@ -1,13 +1,15 @@
 """One training step beside PEFT (and bitsandbytes): seconds and peak memory, ours and theirs by turns, in one run.
 
-    python benchmarks/training_step.py                          LoRA and QLoRA in bfloat16, and LoRA in float32
+    python benchmarks/training_step.py                          QLoRA and LoRA in bfloat16, and LoRA in float32
     python benchmarks/training_step.py --cases qlora-bf16 --rounds 5
     python benchmarks/training_step.py --batch 1 --tokens 2048  another shape
     python benchmarks/training_step.py --json FILE              the same numbers as JSON
+    python benchmarks/training_step.py --table FILE             the README's table, out of such a file
 
 The work: SmolLM2-135M, r 16 on all linear layers (4,884,480 trainable), 4 rows of 256 tokens that all carry loss;
-forward, backward, one step of torch's fused AdamW. Same base weights, same tokens; both must count the same parameters
-and find the same loss, or nothing is printed.
+forward, backward, one step of AdamW (theirs torch's fused one, ours PagedAdamW in 32 bits with all of it in memory). Same
+base weights, same tokens; both must count the same parameters and find the same loss, or nothing is printed. In the
+case "-checkpointing" our side computes each layer twice and theirs does not: it shows what the memory costs.
 
 Every measurement is a process of its own. A time is the median of its steps after the first. Peak memory is the
 process's peak resident set after the model is loaded (VmHWM, reset through /proc/self/clear_refs); the peak of its
@@ -35,7 +37,9 @@ CASES = {  # method, dtype
     "lora-bf16": ("lora", "bfloat16"),
     "lora-fp32": ("lora", "float32"),
     "qlora-fp32": ("qlora", "float32"),
+    "qlora-bf16-checkpointing": ("qlora", "bfloat16"),
 }
+DEFAULT_CASES = ["qlora-bf16", "qlora-bf16-checkpointing", "lora-bf16", "lora-fp32"]
 PACKAGES = ["torch", "peft", "bitsandbytes", "transformers"]
 GIB = 2**30
 
@@ -44,6 +48,9 @@ def main() -> None:
     options = parse()
     if options.side:
         print(json.dumps(measure(options)))
+        return
+    if options.table:
+        print(table(json.loads(Path(options.table).read_text())))
         return
     facts = about(*PACKAGES)
     print("\n".join(f"{name:<24}{value}" for name, value in facts.items()), end="\n\n")
@@ -72,6 +79,21 @@ def compare(case: str, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row for each case, ours / theirs as median (least to largest), and what was measured in the median."""
+    lines = ["| 4 × 256 tokens, r 16 | time of a step | peak memory | ours | PEFT |", "|---|---|---|---|---|"]
+    for row in results["rows"]:
+        ratios = (row[what] for what in ("step_s", "peak_gib"))
+        cells = [f"{r['ratio']:.2f} ({r['least']:.2f} to {r['largest']:.2f})" for r in ratios]
+        for side in ("ours", "peft"):
+            step_s, peak_gib = (
+                statistics.median(r[side][what] for r in row["rounds"]) for what in ("step_s", "peak_gib")
+            )
+            cells.append(f"{step_s:.2f} s, {peak_gib:.2f} GiB")
+        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def in_a_process(side: str, case: str, options: argparse.Namespace) -> dict[str, Any]:
     numbers = ("batch", "tokens", "r", "steps", "threads")
     given = [text for name in numbers for text in (f"--{name}", str(getattr(options, name)))]
@@ -97,9 +119,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     method, dtype = CASES[options.cases[0]]
     build = {"ours": ours, "peft": peft}[options.side]
-    model, loss_of = build(method, getattr(torch, dtype), options.r)
+    model, loss_of, optimizer = build(method, getattr(torch, dtype), options)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     tokens = torch.randint(0, 49152, (options.batch, options.tokens), generator=torch.Generator().manual_seed(0))
     before = peak_gib()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here on
@@ -112,6 +133,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
         times.append(time.perf_counter() - start)
         losses.append(loss.item())
+        del loss  # on either side: its graph would lie in the middle of the next step's memory
     return {
         "step_s": statistics.median(times[1:]),
         "peak_gib": peak_gib(),
@@ -121,20 +143,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def ours(method: str, dtype: Any, r: int) -> tuple[Any, Callable[[Any], Any]]:
+def ours(method: str, dtype: Any, options: argparse.Namespace) -> tuple[Any, Callable[[Any], Any], Any]:
     from minilora.llm import load_model
-    from minilora.qlora import QLoRALinear
+    from minilora.qlora import PagedAdamW, QLoRALinear
     from minilora.torch_lora import LoRALinear, inject
     from minilora.train.data import Batch
     from minilora.train.loss import loss_of
 
     model, _ = load_model("smollm2-135m", dtype=dtype)
     wrap = {"lora": LoRALinear, "qlora": QLoRALinear}[method]
-    inject(model, "all-linear", lambda base: wrap(base, r=r, alpha=2 * r))
-    return model.train(), lambda tokens: loss_of(model, Batch(tokens, tokens))
+    inject(model, "all-linear", lambda base: wrap(base, r=options.r, alpha=2 * options.r))
+    model.model.gradient_checkpointing = options.cases[0].endswith("checkpointing")
+    optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    return model.train(), lambda tokens: loss_of(model, Batch(tokens, tokens)), optimizer
 
 
-def peft(method: str, dtype: Any, r: int) -> tuple[Any, Callable[[Any], Any]]:
+def peft(method: str, dtype: Any, options: argparse.Namespace) -> tuple[Any, Callable[[Any], Any], Any]:
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -152,9 +177,10 @@ def peft(method: str, dtype: Any, r: int) -> tuple[Any, Callable[[Any], Any]]:
         smollm2.fetch(), dtype=dtype, quantization_config=four_bits, device_map="cpu"
     )
     base.config.use_cache = False
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=options.r, lora_alpha=2 * options.r, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    return model.train(), lambda tokens: model(input_ids=tokens, labels=tokens).loss
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    return model.train(), lambda tokens: model(input_ids=tokens, labels=tokens).loss, optimizer
 
 
 def peak_gib() -> float:
@@ -164,7 +190,7 @@ def peak_gib() -> float:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["qlora-bf16", "lora-bf16", "lora-fp32"], choices=CASES)
+    parser.add_argument("--cases", nargs="+", default=DEFAULT_CASES, choices=CASES)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--r", type=int, default=16)
@@ -172,6 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--table", metavar="FILE", help="print the README's table from this file and measure nothing")
     parser.add_argument("--side", choices=["ours", "peft"], help=argparse.SUPPRESS)
     return parser.parse_args()
 

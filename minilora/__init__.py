@@ -26,7 +26,9 @@ Papers, as the docstrings name them:
     [Kaiming] He et al. 2015, arXiv 1502.01852       [AdamW]   Loshchilov & Hutter 2017, arXiv 1711.05101
     [RoPE]    Su et al. 2021, arXiv 2104.09864       [GQA]     Ainslie et al. 2023, arXiv 2305.13245
     [SwiGLU]  Shazeer 2020, arXiv 2002.05202         [RMSNorm] Zhang & Sennrich 2019, arXiv 1910.07467
-    [RoyVetterli]  Roy & Vetterli 2007, The effective rank
+    [Attention]      Vaswani et al. 2017, arXiv 1706.03762
+    [Checkpointing]  Chen et al. 2016, arXiv 1604.06174
+    [RoyVetterli]    Roy & Vetterli 2007, The effective rank
 """
 
 __version__ = "0.1.0"

@@ -34,7 +34,7 @@ class Command:
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     """What is not given is left to the demo; a test compares the defaults that are told here with its own."""
     parser.add_argument("--method", choices=("qlora", "lora"), help="over 4 bits or over bf16 (default qlora)")
-    parser.add_argument("--steps", type=int, metavar="N", help="steps of the optimizer (default 100)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of the optimizer (default 64)")
     parser.add_argument("-r", "--r", type=int, metavar="RANK", help="rank of the adapter (default 16)")
     parser.add_argument("--lr", type=float, metavar="RATE", help="learning rate (default 0.002)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the data and of the adapter's start (default 0)")

@@ -53,7 +53,7 @@ class Settings:
     """
 
     method: str = "qlora"
-    steps: int = 100
+    steps: int = 64
     r: int = 16
     lr: float = 2e-3
     seed: int = 0

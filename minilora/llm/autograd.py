@@ -9,6 +9,8 @@ Read before this file: llm/model.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+QUERIES_AT_ONCE = (
+    128  # in the backward of attention: their scores, with 9 heads and 1,024 keys, take 2.4 MB in bfloat16
+)
 
 
 def rms_norm(x: Float[Tensor, "*n hidden"], weight: Float[Tensor, "hidden"], eps: float) -> Float[Tensor, "*n hidden"]:
@@ -82,6 +88,31 @@ def swiglu(gate: Float[Tensor, "*n wide"], up: Float[Tensor, "*n wide"]) -> Floa
     return _SwiGLU.apply(gate, up)
 
 
+@contextmanager
+def made_again(product: Float[Tensor, "*n wide"]) -> Iterator[None]:
+    """Whatever inside would keep `product`, which swiglu gave, for its backward, makes it again then instead.
+
+    It can be had for one pass from gate and up, which swiglu keeps anyway; a third of what an MLP keeps is `product`.
+    """
+    node, place, shape = (
+        product.grad_fn,
+        product.data_ptr(),
+        product.shape,
+    )  # torch keeps `keep`, so not `product` itself
+
+    def keep(t: Tensor) -> Any:
+        return node if t.data_ptr() == place and t.shape == shape else t
+
+    def find(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        gate, up = kept.saved_tensors
+        return F.silu(gate).mul_(up)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, find):
+        yield
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -100,14 +131,47 @@ def causal_attention(
     k: Float[Tensor, "batch kv_heads seq head_dim"],
     v: Float[Tensor, "batch kv_heads seq head_dim"],
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """softmax(q kᵀ / √head_dim) v for every head, each token looking at itself and all before it, step by step.
+    """Each token looks at itself and at all before it; q, k and v alone are kept for the backward.
 
-    The query heads that share a key head stand under one another as one tall matrix, so keys and values are never
-    repeated. Scores are kept for the backward: batch · heads · seq² numbers, so this is for short rows.
+    p = softmax(q kᵀ / √head_dim)        y = p v                                      [Attention] eq. 1
+    dv = pᵀ dy        dp = dy vᵀ        ds = p · (dp − sum(p · dp))        dq = ds k / √head_dim        dk = dsᵀ q / √head_dim
+
+    The forward is torch's fused one. Its backward on a CPU takes twice the time of this one (benchmarks/attention.py),
+    which makes p again for QUERIES_AT_ONCE tokens at a time, with the keys up to the last of them.
     """
-    (batch, heads, seq, head_dim), kv_heads = q.shape, k.shape[1]
-    tall = (batch * kv_heads, heads // kv_heads * seq, head_dim)
-    k, v = (t.reshape(batch * kv_heads, seq, head_dim) for t in (k, v))
-    future = torch.full((seq, seq), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(heads // kv_heads, 1)
-    scores = torch.baddbmm(future, q.reshape(tall), k.mT, alpha=1 / math.sqrt(head_dim))
-    return (scores.softmax(-1) @ v).view(q.shape)
+    return _CausalAttention.apply(q, k, v)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        q, k, v = ctx.saved_tensors
+        (batch, heads, seq, head_dim), kv_heads = q.shape, k.shape[1]
+        scale, wide = 1 / math.sqrt(head_dim), torch.promote_types(q.dtype, torch.float32)
+        group = (batch * kv_heads, heads // kv_heads, seq, head_dim)  # the query heads that share a key head
+        grouped_q, grouped_dy = (q * scale).reshape(group), dy.reshape(group)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)  # (batch · kv_heads, seq, head_dim)
+        dq, dk, dv = torch.empty_like(grouped_q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for start in range(0, seq, QUERIES_AT_ONCE):
+            stop = min(start + QUERIES_AT_ONCE, seq)
+            block_q, block_dy = (t[:, :, start:stop].flatten(1, 2) for t in (grouped_q, grouped_dy))
+            scores = block_q @ k[:, :stop].mT  # (batch · kv_heads, heads / kv_heads · queries, stop)
+            scores.unflatten(1, (-1, stop - start))[..., start:] += _future(stop - start, scores)
+            p = scores.softmax(-1)
+            dv[:, :stop] += p.mT @ block_dy
+            ds = torch.ops.aten._softmax_backward_data(block_dy @ v[:, :stop].mT, p, -1, p.dtype)
+            dk[:, :stop] += ds.mT @ block_q
+            dq[:, :, start:stop] = (ds @ k[:, :stop]).mul_(scale).unflatten(1, (-1, stop - start))
+        kv_shape = (batch, kv_heads, seq, head_dim)
+        return dq.view(q.shape), dk.to(q.dtype).view(kv_shape), dv.to(q.dtype).view(kv_shape)
+
+
+def _future(n: int, like: Tensor) -> Tensor:
+    """−∞ where a token (row) would look behind itself, 0 elsewhere: (n, n)."""
+    return torch.full((n, n), -math.inf, dtype=like.dtype, device=like.device).triu_(1)

@@ -24,9 +24,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minilora.llm import autograd
+from minilora.llm.checkpointing import recomputed
 from minilora.llm.config import ModelConfig
 
-SHORT_TOKENS = 512  # rows up to here are trained faster with attention step by step: benchmarks/attention.py
+SHORT_BYTES = 2  # a number in: up to here attention's backward by hand is the faster on a CPU, benchmarks/attention.py
 Rotation = tuple[Float[Tensor, "rows seq half"], Float[Tensor, "rows seq half"]]  # cosines and sines of every position
 
 
@@ -178,7 +179,7 @@ class Attention(nn.Module):
         v = self._split_heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (batch, kv_heads, total, head_dim)
-        if mask is None and cache is None and trains_on_cpu(q) and q.shape[2] <= SHORT_TOKENS:
+        if mask is None and cache is None and trains_on_cpu(q) and q.element_size() <= SHORT_BYTES:
             return self.o_proj(autograd.causal_attention(q, k, v).transpose(1, 2).flatten(2))
         is_causal = mask is None and q.shape[2] > 1  # a single new token may look at everything
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
@@ -204,7 +205,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n hidden"]:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(autograd.swiglu(gate, up) if trains_on_cpu(gate) else F.silu(gate) * up)
+        if not gate.requires_grad or torch.is_autocast_enabled(gate.device.type):
+            return self.down_proj(F.silu(gate) * up)
+        product = autograd.swiglu(gate, up)
+        with autograd.made_again(product):
+            return self.down_proj(product)
 
 
 class Layer(nn.Module):
@@ -229,11 +234,16 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder up to its last hidden states: everything but the head."""
+    """The decoder up to its last hidden states: everything but the head.
+
+    With `gradient_checkpointing` set, training keeps each layer's input alone and computes the layer again in the
+    backward: checkpointing.py.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         vectors = torch.empty(config.vocab_size, config.hidden_size)
         if not vectors.is_meta:  # to draw random numbers that are none, torch would import its compiler: 2 s
             nn.init.normal_(vectors, std=0.02)
@@ -259,8 +269,9 @@ class Transformer(nn.Module):
             mask = mask[:, None]  # (batch, 1, seq, total): the same for every head
         x = self.embed_tokens(tokens)
         rotation = rotation_of(self.config, positions, x.dtype)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         for layer in self.layers:
-            x = layer(x, rotation, mask, cache)
+            x = recomputed(layer, x, rotation, mask, None) if recompute else layer(x, rotation, mask, cache)
         if cache is not None:
             cache.length += seq
         return self.norm(x)

@@ -84,6 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 dhidden[chunk] = dlogits @ weight
             if dweight is not None:
                 dweight += dlogits.T @ hidden[chunk]
+            del log_p, dlogits  # or they would still be there while the next chunk's are made
         ctx.save_for_backward(dhidden, dweight)
         ctx.n, ctx.dtypes = len(targets), (hidden.dtype, weight.dtype)
         return loss / len(targets)

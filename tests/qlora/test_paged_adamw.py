@@ -488,3 +488,15 @@ def test_a_full_disk_is_said_before_a_parameter_changes(disk):
 
     assert re.match(r"OSError .*/var/tmp has no room for [\d,]+ bytes of optimizer states .*another folder", said)
     assert said.rstrip().endswith("True")
+
+
+def test_torchs_compiler_is_not_imported():
+    """It takes 2 s and 136 MiB, and every torch.optim optimizer imports it as soon as it is made."""
+    program = (
+        "import sys, torch; from minilora.qlora import PagedAdamW; p = torch.nn.Parameter(torch.ones(3));"
+        "optimizer = PagedAdamW([p]); p.sum().backward(); optimizer.step(); optimizer.zero_grad();"
+        "assert p.grad is None; print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "False\n"
