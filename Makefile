@@ -38,7 +38,7 @@ bench: base
 	@mkdir -p runs/bench
 	@$(PY) benchmarks/nf4_kernels.py --json runs/bench/nf4_kernels.json
 	@$(PY) benchmarks/attention.py
-	@$(PY) benchmarks/training_step.py --json runs/bench/training_step.json
+	@$(PY) benchmarks/training_step.py --json benchmarks/results.json
 
 build: base
 	@$(NOTEBOOK_ENV) $(PY) -m minilora.classroom.build

@@ -7,7 +7,7 @@
     python benchmarks/training_step.py --table FILE             the README's table, out of such a file
 
 The work: SmolLM2-135M, r 16 on all linear layers (4,884,480 trainable), 4 rows of 256 tokens that all carry loss;
-forward, backward, one step of AdamW (theirs torch's fused one, ours PagedAdamW in 32 bits with all of it in memory). Same
+forward, backward, one step of AdamW (theirs torch's fused one; ours PagedAdamW, 32 bits, all of it in memory). Same
 base weights, same tokens; both must count the same parameters and find the same loss, or nothing is printed. In the
 case "-checkpointing" our side computes each layer twice and theirs does not: it shows what the memory costs.
 
@@ -80,8 +80,9 @@ def compare(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row for each case, ours / theirs as median (least to largest), and what was measured in the median."""
-    lines = ["| 4 × 256 tokens, r 16 | time of a step | peak memory | ours | PEFT |", "|---|---|---|---|---|"]
+    """Markdown: a row for each case, ours / theirs as median (least to largest), and the medians of both."""
+    (shape,) = {f"{row['batch']} × {row['tokens']} tokens, r {row['r']}" for row in results["rows"]}
+    lines = [f"| {shape} | time of a step | peak memory | ours | PEFT |", "|---|---|---|---|---|"]
     for row in results["rows"]:
         ratios = (row[what] for what in ("step_s", "peak_gib"))
         cells = [f"{r['ratio']:.2f} ({r['least']:.2f} to {r['largest']:.2f})" for r in ratios]

@@ -30,6 +30,14 @@ def test_a_command_prints_what_the_readme_shows(block):
     assert run.stdout == shown
 
 
+def test_the_table_of_training_steps_is_made_from_the_results():
+    command = [sys.executable, "benchmarks/training_step.py", "--table", "benchmarks/results.json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+
+    assert run.stdout.count("\n") > 2
+    assert run.stdout in README
+
+
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.splitlines()[0])
 def test_the_code_runs_as_it_stands(block, tmp_path):
     run = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -1,16 +1,16 @@
 """Four operations of the decoder as training on a CPU wants them, where each pass over memory counts.
 
 torch's own backward of RMSNorm, rotation and SwiGLU takes a pass, and often a saved copy, for every arithmetic step.
-Here each is one autograd function with its backward by hand; attention is written out, because torch's fused one is
-slow backwards on short rows. Each gives what its plain twin in model.py gives, gradients included; on CUDA, where a
-small operation costs little beside a product, the plain lines run. Gradients of gradients raise a RuntimeError.
+Here each is one autograd function with its backward by hand; so is attention, whose fused forward is torch's. Each
+gives what its plain twin in model.py gives, gradients included. On CUDA, where a small operation costs little beside a
+product, the plain lines run, but for SwiGLU, which keeps less. Gradients of gradients raise a RuntimeError.
 
 Read before this file: llm/model.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +22,27 @@ from torch.autograd.function import once_differentiable
 QUERIES_AT_ONCE = (
     128  # in the backward of attention: their scores, with 9 heads and 1,024 keys, take 2.4 MB in bfloat16
 )
+
+
+class Again:
+    """What a function's `ctx.again` is, for whoever would keep its result: a way to make that again, for one pass.
+
+    `again()` makes it from what the function keeps for its own backward; a LoRA layer over it then keeps nothing of
+    that size (torch_lora/autograd). torch checks, as ever, that none of it was changed in place.
+    """
+
+    def __init__(self, ctx: Any, make: Callable[..., Tensor]) -> None:
+        self.ctx, self.make = weakref.ref(ctx), make
+        self.kept: tuple[Tensor, ...] | None = None  # saved_tensors may be asked for once, under torch's checkpoint
+
+    def __call__(self) -> Tensor:
+        return self.make(*self.saved_tensors())
+
+    def saved_tensors(self) -> tuple[Tensor, ...]:
+        if self.kept is None:
+            ctx: Any = self.ctx()  # alive as long as anyone can ask: it is a node below the one that asks
+            self.kept = tuple(ctx.saved_tensors)
+        return self.kept
 
 
 def rms_norm(x: Float[Tensor, "*n hidden"], weight: Float[Tensor, "hidden"], eps: float) -> Float[Tensor, "*n hidden"]:
@@ -40,17 +61,23 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         inverse = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()  # (*n, 1)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight).to(x.dtype)
+        ctx.again = Again(ctx, _scaled)
+        return _scaled(x, weight, inverse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
-        x, weight, inverse = ctx.saved_tensors
+        x, weight, inverse = ctx.again.saved_tensors()
+        ctx.again.kept = None
         normal = x * inverse
         dweight = (dy * normal).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         g = dy * weight.to(inverse.dtype)
         mean = (g * normal).mean(-1, keepdim=True)
         return g.sub_(normal.mul_(mean)).mul_(inverse).to(x.dtype), dweight, None
+
+
+def _scaled(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    return (x * inverse).mul_(weight).to(x.dtype)
 
 
 def rotate(
@@ -88,42 +115,23 @@ def swiglu(gate: Float[Tensor, "*n wide"], up: Float[Tensor, "*n wide"]) -> Floa
     return _SwiGLU.apply(gate, up)
 
 
-@contextmanager
-def made_again(product: Float[Tensor, "*n wide"]) -> Iterator[None]:
-    """Whatever inside would keep `product`, which swiglu gave, for its backward, makes it again then instead.
-
-    It can be had for one pass from gate and up, which swiglu keeps anyway; a third of what an MLP keeps is `product`.
-    """
-    node, place, shape = (
-        product.grad_fn,
-        product.data_ptr(),
-        product.shape,
-    )  # torch keeps `keep`, so not `product` itself
-
-    def keep(t: Tensor) -> Any:
-        return node if t.data_ptr() == place and t.shape == shape else t
-
-    def find(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        gate, up = kept.saved_tensors
-        return F.silu(gate).mul_(up)
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, find):
-        yield
-
-
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.again = Again(ctx, _gated)
+        return _gated(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        gate, up = ctx.saved_tensors
+        gate, up = ctx.again.saved_tensors()
+        ctx.again.kept = None
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
 
 
 def causal_attention(
@@ -134,10 +142,11 @@ def causal_attention(
     """Each token looks at itself and at all before it; q, k and v alone are kept for the backward.
 
     p = softmax(q kᵀ / √head_dim)        y = p v                                      [Attention] eq. 1
-    dv = pᵀ dy        dp = dy vᵀ        ds = p · (dp − sum(p · dp))        dq = ds k / √head_dim        dk = dsᵀ q / √head_dim
+    dv = pᵀ dy        dp = dy vᵀ        ds = p · (dp − sum(p · dp)) / √head_dim        dq = ds k        dk = dsᵀ q
 
-    The forward is torch's fused one. Its backward on a CPU takes twice the time of this one (benchmarks/attention.py),
-    which makes p again for QUERIES_AT_ONCE tokens at a time, with the keys up to the last of them.
+    The forward is torch's fused one. Its backward in 16 bits on a CPU is the slower one (benchmarks/attention.py); this
+    one makes p again for QUERIES_AT_ONCE tokens at a time, with the keys up to the last of them. Scores are rounded to
+    q's dtype, as torch's are not: where they are as large as 20, dq and dk are three times as far from exact.
     """
     return _CausalAttention.apply(q, k, v)
 

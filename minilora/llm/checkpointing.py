@@ -21,9 +21,9 @@ from torch.autograd.function import once_differentiable
 
 
 def recomputed(layer: nn.Module, x: Tensor, *rest: Any) -> Tensor:
-    """layer(x, *rest), keeping x alone for the backward. Gradients go to x and to the layer's parameters, not to `rest`.
+    """layer(x, *rest), keeping x alone for the backward. Gradients go to x and the layer's parameters, not to `rest`.
 
-    Gradients of gradients raise a RuntimeError, and so does a backward after x or a parameter was changed in place.
+    Gradients of gradients raise a RuntimeError, and so does a backward after x or a trained parameter changed in place.
     """
     return _Recomputed.apply(layer, rest, x, *(p for p in layer.parameters() if p.requires_grad))
 
@@ -32,6 +32,8 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: nn.Module, rest: tuple[Any, ...], x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.layer, ctx.rest, ctx.random = layer, rest, random_state(x.device)
+        kind = x.device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(x, *parameters)
         with torch.enable_grad():  # the same operations as in the backward; what they keep is dropped at once
             return layer(x.detach().requires_grad_(ctx.needs_input_grad[2]), *rest).detach()
@@ -41,8 +43,10 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *parameters = ctx.saved_tensors
         x = x.detach().requires_grad_(ctx.needs_input_grad[2])
-        with torch.enable_grad(), replayed(ctx.random, x.device):
+        with torch.enable_grad(), torch.autocast(*ctx.autocast), replayed(ctx.random, x.device):
             y = ctx.layer(x, *ctx.rest)
+        if not y.requires_grad:  # nothing that trains was used
+            return (None,) * len(ctx.needs_input_grad)
         wanted = [x, *parameters] if x.requires_grad else parameters
         gradients = torch.autograd.grad(y, wanted, dy, allow_unused=True)
         return None, None, *(gradients if x.requires_grad else (None, *gradients))

@@ -27,7 +27,7 @@ from minilora.llm import autograd
 from minilora.llm.checkpointing import recomputed
 from minilora.llm.config import ModelConfig
 
-SHORT_BYTES = 2  # a number in: up to here attention's backward by hand is the faster on a CPU, benchmarks/attention.py
+MOST_BYTES_A_NUMBER = 2  # wider than bfloat16, torch's own backward of attention is the faster: benchmarks/attention.py
 Rotation = tuple[Float[Tensor, "rows seq half"], Float[Tensor, "rows seq half"]]  # cosines and sines of every position
 
 
@@ -179,7 +179,7 @@ class Attention(nn.Module):
         v = self._split_heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (batch, kv_heads, total, head_dim)
-        if mask is None and cache is None and trains_on_cpu(q) and q.element_size() <= SHORT_BYTES:
+        if mask is None and cache is None and trains_on_cpu(q) and q.element_size() <= MOST_BYTES_A_NUMBER:
             return self.o_proj(autograd.causal_attention(q, k, v).transpose(1, 2).flatten(2))
         is_causal = mask is None and q.shape[2] > 1  # a single new token may look at everything
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
@@ -205,11 +205,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n hidden"]:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if not gate.requires_grad or torch.is_autocast_enabled(gate.device.type):
-            return self.down_proj(F.silu(gate) * up)
-        product = autograd.swiglu(gate, up)
-        with autograd.made_again(product):
-            return self.down_proj(product)
+        plain = not gate.requires_grad or torch.is_autocast_enabled(gate.device.type)
+        return self.down_proj(F.silu(gate) * up if plain else autograd.swiglu(gate, up))
 
 
 class Layer(nn.Module):

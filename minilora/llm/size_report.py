@@ -12,6 +12,7 @@ from typing import Any
 from minilora.llm.architectures import ALL_LINEAR, ARCHITECTURES, Architecture, find_architecture, match_targets
 from minilora.llm.sizes import (
     DTYPE_BYTES,
+    LOSS_CHUNK_TOKENS,
     METHODS,
     OPTIMIZERS,
     Setup,
@@ -231,7 +232,7 @@ def _reasons(setup: Setup) -> dict[str, str]:
         "optimizer": "two moments in 8 bits" if setup.optimizer == "adamw-8bit" else "two moments in fp32",
         "master": "the optimizer updates this, and rounds it to the weights",
         "activations": "kept for the backward pass:",
-        "logits": f"{setup.n_tokens:,} tokens × the vocabulary:",
+        "logits": f"{min(setup.n_tokens, LOSS_CHUNK_TOKENS):,} tokens at a time × the vocabulary:",
     }
 
 

@@ -2,7 +2,8 @@
 
 What is exact: every count, an adapter's file, the weights, gradients and optimizer state of a training run.
 What is an estimate: activations and logits. They are sums of named terms, the tensors that autograd keeps
-for the backward pass (`saved_per_token` says which).
+for the backward pass (`saved_per_token` says which). On SmolLM2-135M the sum is within a tenth of the bytes
+that are alive in a step (tests/train/test_memory.py).
 
 What is left out: the device's own context (0.3 to 0.8 GB on CUDA), the allocator's gaps, and the temporary
 tensors of single operations.
@@ -40,6 +41,7 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SAFETENSORS_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 MIN_8BIT_SIZE = 4096  # bitsandbytes keeps the state of a smaller tensor in fp32
 STATE_BLOCK_SIZE = 256  # 8-bit state values that share an absmax
+LOSS_CHUNK_TOKENS = 128  # whose logits the loss makes at a time: 25 MB of fp32 for SmolLM2; more is no faster
 
 Targets = str | Sequence[str]
 
@@ -286,21 +288,21 @@ def training_bytes(arch: Architecture, setup: Setup) -> TrainingBytes:
 def saved_per_token(arch: Architecture, setup: Setup, trained: Collection[Linear]) -> dict[str, int]:
     """Bytes for each token that autograd keeps of one layer, of which these matrices are trained or have an adapter.
 
-    Assumed: attention that does not store its scores (torch's scaled_dot_product_attention; for rows of up to
-    512 tokens on a CPU llm/model does: n_heads · seq numbers more for each token), no dropout, and for Llama what
-    llm/autograd keeps. A matrix keeps its input only if it is trained or has an adapter: to send a gradient through a
-    frozen one takes its weight alone.
+    Assumed: attention that does not store its scores (torch's scaled_dot_product_attention, or ours), no dropout, and
+    for Llama what llm/autograd keeps on a CPU (on CUDA the norms' results too, 2 · hidden numbers). A matrix keeps its
+    input only if it is trained or has an adapter: to send a gradient through a frozen one takes its weight alone.
     """
     width_bytes, i = setup.width_bytes, arch.intermediate
     q, kv = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
     inputs = {linear.reads: linear.in_features for linear in trained}
+    inputs.pop("attention output", None)  # attention keeps it already
     if arch.family == "llama":
         norms = {"norms: input, and a scale in fp32": 2 * (arch.hidden * width_bytes + 4)}
         mlp = {"mlp: gate and up": 2 * i * width_bytes}
+        inputs = inputs if setup.is_full else {}  # a LoRA layer has a norm's result, or swiglu's, made again
     else:
         norms = {"norms: input, mean and deviation": 2 * (arch.hidden + 2) * width_bytes}
         mlp = {"mlp: four steps of gelu": 4 * i * width_bytes}
-        inputs.pop("attention output", None)  # a view of what attention keeps; Llama's is a copy, head after head
     return {
         **norms,
         "attention: q, k, v": (q + 2 * kv) * width_bytes,
@@ -314,17 +316,20 @@ def saved_per_token(arch: Architecture, setup: Setup, trained: Collection[Linear
 def activation_terms(arch: Architecture, setup: Setup) -> dict[str, int]:
     """An estimate of the bytes that wait for the backward pass, by kind of tensor, for the whole batch and all layers.
 
-    With checkpointing: the input of every layer, and all of one layer, the one that is being computed again.
+    With checkpointing: the input of every layer, and all of one layer, the one that is being computed again. Where that
+    one is smaller than the loss's chunk, which has gone by then, it adds nothing.
     """
     layers = [saved_per_token(arch, setup, trained) for trained in _trained_by_layer(arch, setup)]
     if setup.checkpointing:
         layers = [max(layers, key=lambda terms: sum(terms.values()))]
     terms = {name: setup.n_tokens * sum(layer[name] for layer in layers) for name in layers[0]}
-    if setup.checkpointing:
-        terms["checkpoints: input of each layer"] = arch.n_layers * setup.n_tokens * arch.hidden * setup.width_bytes
     if setup.method == "qlora":
         largest = max(linear.n_weights for linear in layer_linears(arch))
         terms["one weight at a time, out of 4 bits"] = largest * setup.width_bytes
+    if setup.checkpointing:
+        if sum(terms.values()) <= sum(logit_terms(arch, setup).values()):
+            terms = {}
+        terms["checkpoints: input of each layer"] = arch.n_layers * setup.n_tokens * arch.hidden * setup.width_bytes
     return {name: n_bytes for name, n_bytes in terms.items() if n_bytes}
 
 
@@ -336,13 +341,14 @@ def _trained_by_layer(arch: Architecture, setup: Setup) -> list[list[Linear]]:
 
 
 def logit_terms(arch: Architecture, setup: Setup) -> dict[str, int]:
-    """An estimate of the bytes at the loss, for one that makes the whole matrix of tokens × vocabulary."""
-    n = setup.n_tokens * arch.vocab
-    return {
-        f"logits in {setup.dtype}": n * setup.width_bytes,
-        "log-probabilities in fp32": n * 4,
-        "their gradient in fp32": n * 4,
-    }
+    """An estimate of the bytes at the loss, which makes the logits of LOSS_CHUNK_TOKENS tokens at a time."""
+    n = min(setup.n_tokens, LOSS_CHUNK_TOKENS) * arch.vocab
+    terms = {f"logits in {setup.dtype}": n * setup.width_bytes, "log-probabilities in fp32": n * 4}
+    if setup.width_bytes < 4:
+        terms["the logits in fp32"] = n * 4
+    if setup.is_full:
+        terms["gradient of the head in fp32"] = arch.vocab * arch.hidden * 4
+    return terms
 
 
 # --- checks -------------------------------------------------------------------------------------------------------

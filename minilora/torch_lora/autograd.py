@@ -7,8 +7,9 @@
     backward    du = scaling · dy B        dx = dy W + du A        dA = duᵀ x        dB = dyᵀ u
 
 The second product is added into what the base returned, where autograd's own steps write it, scale it and add it: three
-passes over *n × out numbers. Nothing of that size is saved: x, which the layer's input holds anyway, and u. A base that
-keeps its weight in 4 bits turns it into floats once in each direction and drops it.
+passes over *n × out numbers. Nothing of that size is saved: x, which the layer's input holds anyway, and u. Not even x,
+where the function that gave it can make it again (its node has `again`: llm/autograd). A base that keeps its weight in
+4 bits turns it into floats once in each direction and drops it.
 
 Read before this file: numpy_lora/forward, where the backward is derived by hand.
 """
@@ -44,7 +45,8 @@ class _LoRALinear(torch.autograd.Function):
         u = scaling * (_rows(x) @ A.to(x.dtype).T)
         y = base(x).contiguous()
         y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T)
-        ctx.save_for_backward(x, u, A, B, weight)
+        ctx.x_again = getattr(x.grad_fn, "again", None)
+        ctx.save_for_backward(None if ctx.x_again else x, u, A, B, weight)
         ctx.scaling, ctx.base = scaling, base
         return y
 
@@ -52,6 +54,8 @@ class _LoRALinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:  # type: ignore[override]
         x, u, A, B, weight = ctx.saved_tensors
+        if ctx.x_again:
+            x = ctx.x_again()
         dy = _rows(dy)
         du = ctx.scaling * (dy @ B.to(dy.dtype))
         dx = None

@@ -21,9 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minilora.llm.sizes import LOSS_CHUNK_TOKENS
 from minilora.train.data import IGNORED, Batch
-
-CHUNK_TOKENS = 128  # 25 MB of float32 logits for SmolLM2; twice as many is no faster
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
@@ -49,7 +48,7 @@ def chunked_cross_entropy(
     hidden: Float[Tensor, "n hidden"],
     weight: Float[Tensor, "vocab hidden"],
     targets: Int[Tensor, "n"],
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int = LOSS_CHUNK_TOKENS,
 ) -> Float[Tensor, ""]:
     """F.cross_entropy((hidden @ weight.T).float(), targets), with gradients to hidden and weight, chunk by chunk.
 

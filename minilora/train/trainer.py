@@ -81,7 +81,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             value, seconds, lr = loss.item(), time.perf_counter() - start, optimizer.param_groups[0]["lr"]
-            del loss  # its graph, though empty, would lie between the tensors of the next step: a sixth more memory
+            del loss  # its graph, though empty, would lie between the tensors of the next step: a ninth more memory
             steps.append(Step(number, len(batches), value, grad_norm.item(), lr, batch.tokens.numel(), seconds))
             for listen in listeners:
                 listen(steps[-1])

@@ -1,11 +1,17 @@
 """The decoder's operations with a backward by hand against their plain twins: values and gradients."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from tiny_decoder import tiny_config
 
 from minilora.llm import Decoder, autograd, model
+from minilora.torch_lora import LoRALinear, inject
+from minilora.torch_lora.autograd import lora_linear
+from minilora.torch_lora.inject import adapter_layers
 
 SHAPES = [(1, 8), (5, 8), (2, 3, 8), (2, 1, 3, 8)]
 
@@ -113,6 +119,67 @@ def test_attention_keeps_q_k_and_v_alone():
     assert kept == [q.shape, k.shape, k.shape]
 
 
+@pytest.mark.parametrize("function", [autograd.swiglu, lambda x, y: autograd.rms_norm(x, y[0, 0], 1e-5)])
+def test_a_lora_layer_does_not_keep_what_can_be_made_again(function):
+    x, other, A, B = (random(*shape).requires_grad_() for shape in [(2, 3, 8), (2, 3, 8), (2, 8), (5, 2)])
+    base = torch.nn.Linear(8, 5, bias=False, dtype=torch.float64).requires_grad_(False)
+    results = []
+    for again in (False, True):
+        y = function(x, other)
+        out = lora_linear(y if again else y.view(y.shape), A, B, 2.0, base, base.weight)
+        storage = weakref.ref(y.untyped_storage())
+        del y
+        assert (storage() is None) == again
+        results.append(torch.autograd.grad(out.square().sum(), (x, other, A, B)))
+
+    for plain, remade in zip(*results, strict=True):
+        assert torch.equal(plain, remade)
+
+
+@pytest.mark.parametrize("changed", ["an adapter", "a norm's weight"])
+def test_a_weight_changed_before_the_backward_is_refused(changed):
+    decoder = Decoder(tiny_config())
+    inject(decoder, "all-linear", lambda base: LoRALinear(base, r=2, alpha=4))
+    loss = decoder(torch.zeros(1, 3, dtype=torch.long)).sum()
+    layer = decoder.model.layers[1]
+    with torch.no_grad():
+        (layer.mlp.gate_proj.A if changed == "an adapter" else layer.input_layernorm.weight).add_(1)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_torchs_own_checkpoint_works_around_a_layer():
+    decoder = Decoder(tiny_config()).double()
+    inject(decoder, "all-linear", lambda base: LoRALinear(base, r=2, alpha=4))
+    layer, x = decoder.model.layers[1], random(2, 5, decoder.config.hidden_size).requires_grad_()
+    rotation = model.rotation_of(decoder.config, torch.arange(5)[None], x.dtype)
+    A = layer.self_attn.q_proj.A
+    plain = torch.autograd.grad(layer(x, rotation, None, None).square().sum(), (x, A))
+    y = torch.utils.checkpoint.checkpoint(layer, x, rotation, None, None, use_reentrant=False)
+
+    for mine, theirs in zip(torch.autograd.grad(y.square().sum(), (x, A)), plain, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("size_of_q", [1, 3])
+def test_attention_in_bfloat16_is_at_most_three_times_as_far_from_exact_as_torchs(size_of_q):
+    """Scores of size s are rounded by up to s · 2⁻⁹, and p by that share; in torch's kernel they are float32."""
+
+    def torchs(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    torch.manual_seed(0)
+    shapes = [(2, 6, 200, 96), (2, 2, 200, 96), (2, 2, 200, 96)]  # two blocks of queries
+    rounded = [torch.randn(shape).bfloat16() for shape in shapes]
+    rounded[0] *= size_of_q
+    exact = gradients(torchs, *(t.double() for t in rounded))
+    ours, theirs = gradients(autograd.causal_attention, *rounded), gradients(torchs, *rounded)
+
+    for mine, other, right in zip(ours, theirs, exact, strict=True):
+        assert (mine - right).norm() <= 3 * (other - right).norm()
+
+
 def test_the_decoder_uses_them_where_gradients_flow_and_gives_the_same():
     torch.manual_seed(0)
     decoder = Decoder(tiny_config()).bfloat16()
@@ -137,16 +204,22 @@ def test_the_decoder_uses_them_where_gradients_flow_and_gives_the_same():
 
 
 @pytest.mark.parametrize("bytes_of_a_number", [2, 8], ids=["torch's attention", "attention by hand"])
-def test_every_gradient_of_the_decoder_is_that_of_the_plain_lines(monkeypatch, bytes_of_a_number):
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_every_gradient_of_the_decoder_is_that_of_the_plain_lines(monkeypatch, bytes_of_a_number, method):
     torch.manual_seed(0)
-    monkeypatch.setattr(model, "SHORT_BYTES", bytes_of_a_number)
+    monkeypatch.setattr(model, "MOST_BYTES_A_NUMBER", bytes_of_a_number)
     decoder = Decoder(tiny_config()).double()
+    if method == "lora":
+        inject(decoder, "all-linear", lambda base: LoRALinear(base, r=2, alpha=4))
+        decoder.double()
+        for layer in adapter_layers(decoder).values():
+            torch.nn.init.normal_(layer.B)
     tokens = torch.randint(0, decoder.config.vocab_size, (2, 7))
 
     def all_gradients():
         decoder.zero_grad()
         decoder(tokens).square().sum().backward()
-        return {name: p.grad.clone() for name, p in decoder.named_parameters()}
+        return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.requires_grad}
 
     by_hand = all_gradients()
     monkeypatch.setattr(model, "trains_on_cpu", lambda x: False)

@@ -366,18 +366,30 @@ def test_checkpointing_never_takes_more_activations(method):
 
 
 def test_fewer_targets_keep_fewer_inputs():
-    few, many = (activation_terms(LLAMA_2_7B, Setup(targets=t)) for t in (QV, "all-linear"))
-    assert few["inputs of trained matrices"] == 32 * 512 * 2 * 4096  # q and v share one input
-    assert many["inputs of trained matrices"] == 32 * 512 * 2 * (3 * 4096 + 11008)
+    gpt2 = ARCHITECTURES["gpt2"]
+    few, many = (activation_terms(gpt2, Setup(targets=t)) for t in ("c_attn", "all-linear"))
+    assert few["inputs of trained matrices"] == 12 * 512 * 2 * 768
+    assert many["inputs of trained matrices"] == 12 * 512 * 2 * (768 + 768 + 3072)  # attention keeps its output itself
+
+
+def test_a_llama_keeps_no_input_for_its_matrices():
+    """A norm's result and the product of gate and up are made again from what is kept anyway."""
+    assert "inputs of trained matrices" not in activation_terms(LLAMA_2_7B, Setup())
 
 
 def test_an_adapter_in_one_layer_keeps_the_input_of_one_layer():
-    terms = activation_terms(LLAMA_2_7B, Setup(targets=("layers.31.self_attn.q_proj",)))
-    assert terms["inputs of trained matrices"] == 512 * 2 * 4096
+    terms = activation_terms(ARCHITECTURES["gpt2"], Setup(targets=("h.11.attn.c_attn",)))
+    assert terms["inputs of trained matrices"] == 512 * 2 * 768
 
 
-def test_logits_are_tokens_times_vocabulary():
-    assert logit_terms(SMOLLM2, Setup(batch=2, seq=100))["logits in bf16"] == 200 * 49152 * 2
+def test_logits_are_tokens_times_vocabulary_up_to_a_chunk():
+    assert logit_terms(SMOLLM2, Setup(batch=2, seq=50))["logits in bf16"] == 100 * 49152 * 2
+    assert logit_terms(SMOLLM2, Setup(batch=2, seq=100))["logits in bf16"] == 128 * 49152 * 2
+
+
+def test_only_a_trained_head_has_a_gradient():
+    assert "gradient of the head in fp32" not in logit_terms(SMOLLM2, Setup(method="lora"))
+    assert logit_terms(SMOLLM2, Setup(method="full"))["gradient of the head in fp32"] == 49152 * 576 * 4
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
