@@ -33,8 +33,11 @@ from minilora.qlora.paging_report import PagingReport, report_on
 PIECE = 65_536  # values computed at once: temporaries take 256 KiB each, which a CPU's cache holds
 PAGE_MULTIPLE = 4096  # bytes: disks and operating systems move no less
 
-# As torch decorates them, the first call of either imports its compiler: 2 s, and 136 MiB for good.
-add_param_group, zero_grad = (inspect.unwrap(f) for f in (Optimizer.add_param_group, Optimizer.zero_grad))
+# As torch decorates them, the first call of any imports its compiler: 2 s, and 136 MiB for good.
+add_param_group, zero_grad, state_dict_of, load_state_dict = (
+    inspect.unwrap(getattr(Optimizer, name))
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+)
 
 
 class PagedAdamW(Optimizer):
@@ -157,7 +160,7 @@ class PagedAdamW(Optimizer):
         Of every parameter, flattened: "step" and "m", "v"; or "m_codes", "v_codes" and a unit a block in "m_absmax",
         "v_absmax".
         """
-        state_dict = super().state_dict()
+        state_dict = state_dict_of(self)
         for index, p in self._numbered():
             if p in self._runs:
                 whole = {
@@ -184,7 +187,7 @@ class PagedAdamW(Optimizer):
         if problems:
             raise ValueError("this state does not fit the optimizer:\n  " + "\n  ".join(problems))
         steps = {index: {"step": theirs[index]["step"]} for index, _ in self._numbered() if index in theirs}
-        super().load_state_dict({**state_dict, "state": steps})
+        load_state_dict(self, {**state_dict, "state": steps})
         self._forget()
         loaded = {p: theirs[index] for index, p in self._numbered() if index in theirs}
         self._place(list(loaded))
