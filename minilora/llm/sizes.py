@@ -295,18 +295,22 @@ def saved_per_token(arch: Architecture, setup: Setup, trained: Collection[Linear
     width_bytes, i = setup.width_bytes, arch.intermediate
     q, kv = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
     inputs = {linear.reads: linear.in_features for linear in trained}
-    inputs.pop("attention output", None)  # attention keeps it already
+    attention = {"attention: output and log-sum": q * width_bytes + 4 * arch.n_heads}
     if arch.family == "llama":
         norms = {"norms: input, and a scale in fp32": 2 * (arch.hidden * width_bytes + 4)}
         mlp = {"mlp: gate and up": 2 * i * width_bytes}
-        inputs = inputs if setup.is_full else {}  # a LoRA layer has a norm's result, or swiglu's, made again
+        if not setup.is_full:  # a LoRA layer has a norm's result, or swiglu's, made again
+            inputs = {name: features for name, features in inputs.items() if name == "attention output"}
+        if width_bytes <= 2:  # attention by hand: from q, k and v alone
+            attention = {}
     else:
         norms = {"norms: input, mean and deviation": 2 * (arch.hidden + 2) * width_bytes}
         mlp = {"mlp: four steps of gelu": 4 * i * width_bytes}
+        inputs.pop("attention output", None)  # a view of what attention keeps; Llama's is a copy, head after head
     return {
         **norms,
         "attention: q, k, v": (q + 2 * kv) * width_bytes,
-        "attention: output and log-sum": q * width_bytes + 4 * arch.n_heads,
+        **attention,
         **mlp,
         "inputs of trained matrices": sum(inputs.values()) * width_bytes,
         "adapters: x Aᵀ": 0 if setup.is_full else len(trained) * setup.r * width_bytes,

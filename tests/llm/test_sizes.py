@@ -372,9 +372,9 @@ def test_fewer_targets_keep_fewer_inputs():
     assert many["inputs of trained matrices"] == 12 * 512 * 2 * (768 + 768 + 3072)  # attention keeps its output itself
 
 
-def test_a_llama_keeps_no_input_for_its_matrices():
-    """A norm's result and the product of gate and up are made again from what is kept anyway."""
-    assert "inputs of trained matrices" not in activation_terms(LLAMA_2_7B, Setup())
+def test_lora_in_a_llama_keeps_one_input():
+    """Attention's output; a norm's result and the product of gate and up are made again from what is kept anyway."""
+    assert activation_terms(LLAMA_2_7B, Setup())["inputs of trained matrices"] == 32 * 512 * 2 * 4096
 
 
 def test_an_adapter_in_one_layer_keeps_the_input_of_one_layer():
