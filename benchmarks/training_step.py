@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     method, dtype = CASES[options.cases[0]]
     build = {"ours": ours, "peft": peft}[options.side]
-    model, loss_of, optimizer = build(method, getattr(torch, dtype), options)
+    model, loss_of, make_optimizer = build(method, getattr(torch, dtype), options)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(parameters)
     tokens = torch.randint(0, 49152, (options.batch, options.tokens), generator=torch.Generator().manual_seed(0))
     before = peak_gib()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here on
@@ -155,8 +157,7 @@ def ours(method: str, dtype: Any, options: argparse.Namespace) -> tuple[Any, Cal
     wrap = {"lora": LoRALinear, "qlora": QLoRALinear}[method]
     inject(model, "all-linear", lambda base: wrap(base, r=options.r, alpha=2 * options.r))
     model.model.gradient_checkpointing = options.cases[0].endswith("checkpointing")
-    optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    return model.train(), lambda tokens: loss_of(model, Batch(tokens, tokens)), optimizer
+    return model.train(), lambda tokens: loss_of(model, Batch(tokens, tokens)), partial(PagedAdamW, lr=1e-4)
 
 
 def peft(method: str, dtype: Any, options: argparse.Namespace) -> tuple[Any, Callable[[Any], Any], Any]:
@@ -180,8 +181,8 @@ def peft(method: str, dtype: Any, options: argparse.Namespace) -> tuple[Any, Cal
     base.config.use_cache = False
     config = LoraConfig(r=options.r, lora_alpha=2 * options.r, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    return model.train(), lambda tokens: model(input_ids=tokens, labels=tokens).loss, optimizer
+    make_optimizer = partial(torch.optim.AdamW, lr=1e-4, fused=True)
+    return model.train(), lambda tokens: model(input_ids=tokens, labels=tokens).loss, make_optimizer
 
 
 def peak_gib() -> float:

@@ -9,8 +9,8 @@
 
 Every module has the name it has in a Hugging Face checkpoint and every projection is a plain `nn.Linear` that is only
 ever called, so any of them can be replaced by another module under the same name. `generation.py` makes tokens from
-logits, `load.py` brings weights. Where gradients flow on a CPU, four operations run as their twins in `autograd.py`:
-the same numbers in fewer passes.
+logits, `load.py` brings weights. Where gradients flow on a CPU, four operations run as their twins in `autograd.py`
+(SwiGLU on any device): the same numbers in fewer passes.
 """
 
 import hashlib
