@@ -25,24 +25,31 @@ QUERIES_AT_ONCE = (
 
 
 class Again:
-    """What a function's `ctx.again` is, for whoever would keep its result: a way to make that again, for one pass.
+    """What a function's `ctx.again` is, for whoever would keep its result: a way to make that again in the backward.
 
     `again()` makes it from what the function keeps for its own backward; a LoRA layer over it then keeps nothing of
-    that size (torch_lora/autograd). torch checks, as ever, that none of it was changed in place.
+    that size (torch_lora/autograd). Several layers over one result share what the first of them made, until the
+    function's own backward calls `drop`. torch checks, as ever, that what it is made from was not changed in place.
     """
 
     def __init__(self, ctx: Any, make: Callable[..., Tensor]) -> None:
         self.ctx, self.make = weakref.ref(ctx), make
-        self.kept: tuple[Tensor, ...] | None = None  # saved_tensors may be asked for once, under torch's checkpoint
+        self.drop()
 
     def __call__(self) -> Tensor:
-        return self.make(*self.saved_tensors())
+        if self.made is None:
+            self.made = self.make(*self.saved_tensors())
+        return self.made
 
     def saved_tensors(self) -> tuple[Tensor, ...]:
-        if self.kept is None:
+        if self.kept is None:  # may be asked for once, under torch's checkpoint
             ctx: Any = self.ctx()  # alive as long as anyone can ask: it is a node below the one that asks
             self.kept = tuple(ctx.saved_tensors)
         return self.kept
+
+    def drop(self) -> None:
+        self.kept: tuple[Tensor, ...] | None = None
+        self.made: Tensor | None = None
 
 
 def rms_norm(x: Float[Tensor, "*n hidden"], weight: Float[Tensor, "hidden"], eps: float) -> Float[Tensor, "*n hidden"]:
@@ -68,7 +75,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         x, weight, inverse = ctx.again.saved_tensors()
-        ctx.again.kept = None
+        ctx.again.drop()
         normal = x * inverse
         dweight = (dy * normal).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         g = dy * weight.to(inverse.dtype)
@@ -126,7 +133,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate, up = ctx.again.saved_tensors()
-        ctx.again.kept = None
+        ctx.again.drop()
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 

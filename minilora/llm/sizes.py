@@ -41,7 +41,7 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SAFETENSORS_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 MIN_8BIT_SIZE = 4096  # bitsandbytes keeps the state of a smaller tensor in fp32
 STATE_BLOCK_SIZE = 256  # 8-bit state values that share an absmax
-LOSS_CHUNK_TOKENS = 128  # whose logits the loss makes at a time: 25 MB of fp32 for SmolLM2; more is no faster
+LOSS_CHUNK_TOKENS = 256  # whose logits the loss makes at a time: 25 MB of bf16 for SmolLM2; more is no faster
 
 Targets = str | Sequence[str]
 
@@ -347,9 +347,7 @@ def _trained_by_layer(arch: Architecture, setup: Setup) -> list[list[Linear]]:
 def logit_terms(arch: Architecture, setup: Setup) -> dict[str, int]:
     """An estimate of the bytes at the loss, which makes the logits of LOSS_CHUNK_TOKENS tokens at a time."""
     n = min(setup.n_tokens, LOSS_CHUNK_TOKENS) * arch.vocab
-    terms = {f"logits in {setup.dtype}": n * setup.width_bytes, "log-probabilities in fp32": n * 4}
-    if setup.width_bytes < 4:
-        terms["the logits in fp32"] = n * 4
+    terms = {f"logits in {setup.dtype}": n * setup.width_bytes}
     if setup.is_full:
         terms["gradient of the head in fp32"] = arch.vocab * arch.hidden * 4
     return terms

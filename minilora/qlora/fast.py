@@ -7,12 +7,12 @@ other  the reference
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.qlora import blockwise
 from minilora.qlora.blockwise import Quantized
 from minilora.qlora.codebooks import NF4, Codebook
+from minilora.torch_lora.products import product
 
 MOST_ROWS_IN_4_BITS = 16  # the table in matmul_gpu: counted at its worst, still faster than the other at its best
 
@@ -49,7 +49,7 @@ def linear(x: Tensor, quantized: Quantized, bias: Tensor | None = None) -> Tenso
         from minilora.qlora import matmul_gpu
 
         return matmul_gpu.linear(x, quantized, bias)
-    return F.linear(x, dequantize(quantized, x.dtype), bias)
+    return product(x, dequantize(quantized, x.dtype).T, bias)
 
 
 def linear_backward(dy: Tensor, quantized: Quantized) -> Tensor:
@@ -58,7 +58,7 @@ def linear_backward(dy: Tensor, quantized: Quantized) -> Tensor:
         from minilora.qlora import matmul_gpu
 
         return matmul_gpu.linear_backward(dy, quantized)
-    return dy @ dequantize(quantized, dy.dtype)
+    return product(dy, dequantize(quantized, dy.dtype))
 
 
 def multiplies_in_4_bits(x: Tensor) -> bool:

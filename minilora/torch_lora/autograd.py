@@ -21,6 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minilora.torch_lora.products import product
+
 
 def lora_linear(
     x: Float[Tensor, "*n in"],
@@ -43,7 +45,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Any, weight: Tensor | None) -> Tensor:
         u = scaling * (_rows(x) @ A.to(x.dtype).T)
-        y = base(x).contiguous()
+        y = base(x).contiguous() if weight is None else product(x, weight.T, base.bias)
         y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T)
         ctx.x_again = getattr(x.grad_fn, "again", None)
         ctx.save_for_backward(None if ctx.x_again else x, u, A, B, weight)
@@ -61,7 +63,7 @@ class _LoRALinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             W = ctx.base.dense_weight(dy.dtype) if weight is None else weight
-            dx = (dy @ W).addmm_(du, A.to(dy.dtype)).view(x.shape)
+            dx = product(dy, W).addmm_(du, A.to(dy.dtype)).view(x.shape)
         return dx, du.T @ _rows(x), dy.T @ u, None, None, None  # autograd casts them to the dtype of A and B
 
 

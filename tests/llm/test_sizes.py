@@ -384,7 +384,7 @@ def test_an_adapter_in_one_layer_keeps_the_input_of_one_layer():
 
 def test_logits_are_tokens_times_vocabulary_up_to_a_chunk():
     assert logit_terms(SMOLLM2, Setup(batch=2, seq=50))["logits in bf16"] == 100 * 49152 * 2
-    assert logit_terms(SMOLLM2, Setup(batch=2, seq=100))["logits in bf16"] == 128 * 49152 * 2
+    assert logit_terms(SMOLLM2, Setup(batch=2, seq=200))["logits in bf16"] == 256 * 49152 * 2
 
 
 def test_only_a_trained_head_has_a_gradient():
