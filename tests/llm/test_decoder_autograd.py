@@ -136,6 +136,23 @@ def test_a_lora_layer_does_not_keep_what_can_be_made_again(function):
         assert torch.equal(plain, remade)
 
 
+def test_layers_over_one_norm_share_what_the_first_made_again(monkeypatch):
+    made, scaled = [], autograd._scaled
+    monkeypatch.setattr(autograd, "_scaled", lambda *saved: made.append(weakref.ref(y := scaled(*saved))) or y)
+    x, weight, A, B = (random(*shape).requires_grad_() for shape in [(2, 3, 8), (8,), (2, 8), (5, 2)])
+    base = torch.nn.Linear(8, 5, bias=False, dtype=torch.float64).requires_grad_(False)
+    y = autograd.rms_norm(x, weight, 1e-5)
+    outs = [lora_linear(y, A, B, 2.0, base, base.weight) for _ in range(3)]
+    node = y.grad_fn
+    del y
+    for _ in range(2):
+        sum(outs).sum().backward(retain_graph=True)
+
+    assert len(made) == 1 + 2  # in the forward, and once for all three layers in each backward
+    assert node.again.made is None
+    assert all(result() is None for result in made)
+
+
 @pytest.mark.parametrize("changed", ["an adapter", "a norm's weight"])
 def test_a_weight_changed_before_the_backward_is_refused(changed):
     decoder = Decoder(tiny_config())
