@@ -5,7 +5,7 @@
     budget     bytes of moments in fast memory; the rest is in a file, or for a GPU in the CPU's memory
 
 Where a moment lies changes nothing in a step: the arithmetic is in float32, value by value, and a block of 256 values
-that share a unit never spans two pages. So every budget gives the same bits; in 32 bits they are torch.optim.AdamW's.
+that share a unit never spans two pages. So every budget gives the same bits; in 32 bits they are those of torch.optim.AdamW(fused=True).
 
 Read before this file: moments, paging.
 """
@@ -279,15 +279,24 @@ def adamw_(
         v ← β₂ v + (1 − β₂) g²           v̂ = v / (1 − β₂ˢᵗᵉᵖ)
         p ← (1 − lr · weight_decay) p − lr · m̂ / (√v̂ + eps)          [AdamW] algorithm 2
 
-    The decay acts on p itself, not through g: √v̂ does not divide it. These are torch's operations in torch's order, so
-    that the bits are torch.optim.AdamW's.
+    The decay acts on p itself, not through g: √v̂ does not divide it. One kernel of torch's does all of it, in one pass
+    over the four; it is the one behind torch.optim.AdamW(fused=True), so the bits are the same.
     """
-    beta1, beta2 = betas
-    p.mul_(1 - lr * weight_decay)
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    p.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+    torch._fused_adamw_(
+        [p],
+        [g],
+        [m],
+        [v],
+        [],
+        [torch.tensor(float(step), device=p.device)],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 def disk_folder() -> Path:
