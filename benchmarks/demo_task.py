@@ -47,7 +47,9 @@ def main() -> None:
     ratios = [found["ours"]["train_s"] / found["trainer"]["train_s"] for found in rounds]
     print(f"  ratio    {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     if options.json:
-        Path(options.json).write_text(json.dumps({"machine": facts, "rounds": rounds, "ratios": ratios}, indent=2) + "\n")
+        Path(options.json).write_text(
+            json.dumps({"machine": facts, "rounds": rounds, "ratios": ratios}, indent=2) + "\n"
+        )
 
 
 def in_a_process(side: str) -> dict[str, Any]:

@@ -90,10 +90,13 @@ def _scaled(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
 
 def rotate(
     x: Float[Tensor, "batch n seq head_dim"],
-    cos: Float[Tensor, "rows 1 seq half"],
-    sin: Float[Tensor, "rows 1 seq half"],
+    cos: Float[Tensor, "rows 1 seq head_dim"],
+    sin: Float[Tensor, "rows 1 seq head_dim"],
 ) -> Float[Tensor, "batch n seq head_dim"]:
-    """Turn each pair of features (i, i + half) by an angle; the gradient is turned back by the same angle."""
+    """Turn each pair of features (i, i + head_dim / 2) by an angle; the gradient is turned back by the same angle.
+
+    The tables are those of model.rotation_of: (cos, cos) and (−sin, sin).
+    """
     return _Rotate.apply(x, cos, sin)
 
 
@@ -112,9 +115,10 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (first, second), (y_first, y_second) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
-    torch.mul(first, cos, out=y_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=y_second).addcmul_(first, sin)
+    halves = (t.chunk(2, dim=-1) for t in (x, y, cos, sin))
+    (first, second), (y_first, y_second), (cos_first, cos_second), (sin_first, sin_second) = halves
+    torch.mul(first, cos_first, out=y_first).addcmul_(second, sin_first)
+    torch.mul(second, cos_second, out=y_second).addcmul_(first, sin_second)
     return y
 
 

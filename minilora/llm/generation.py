@@ -118,7 +118,7 @@ def _steps(
             module.training = True
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _next_logits(
     model: Decoder, tokens: Int[Tensor, "batch seq"], is_real: Bool[Tensor, "batch total"], cache: KVCache
 ) -> Float[Tensor, "batch vocab"]:

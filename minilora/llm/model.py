@@ -5,7 +5,7 @@
 
     batch, seq        rows, and tokens in a row         hidden      width of the stream between layers
     heads, kv_heads   query heads; key/value heads      head_dim    width of one head
-    half              head_dim / 2                      total       tokens read before plus those of this call
+    total             tokens read before plus those of this call
 
 Every module has the name it has in a Hugging Face checkpoint and every projection is a plain `nn.Linear` that is only
 ever called, so any of them can be replaced by another module under the same name. `generation.py` makes tokens from
@@ -28,7 +28,7 @@ from minilora.llm.checkpointing import recomputed
 from minilora.llm.config import ModelConfig
 
 MOST_BYTES_A_NUMBER = 2  # wider than bfloat16, torch's own backward of attention is the faster: benchmarks/attention.py
-Rotation = tuple[Float[Tensor, "rows seq half"], Float[Tensor, "rows seq half"]]  # cosines and sines of every position
+Rotation = tuple[Float[Tensor, "rows seq head_dim"], Float[Tensor, "rows seq head_dim"]]  # as rotation_of gives it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,29 +78,32 @@ class RMSNorm(nn.Module):
 
 
 def rotation_of(config: ModelConfig, positions: Int[Tensor, "rows seq"], dtype: torch.dtype) -> Rotation:
-    """Cosine and sine of the angle by which each pair of features is turned at each position.
+    """The angle by which each pair of features is turned at each position: (cos, cos) and (−sin, sin).
 
-        angle[position, i] = position · frequency[i]             [RoPE] eq. 15
+        angle[position, i] = position · frequency[i],  i < head_dim / 2             [RoPE] eq. 15
 
     Angles are at least float32: in bfloat16 the positions 256 and 257 would be the same number.
     """
     wide = torch.promote_types(dtype, torch.float32)
     frequencies = torch.tensor(config.rope_frequencies(), dtype=wide, device=positions.device)
-    angles = positions[:, :, None].to(wide) * frequencies  # (rows, seq, half)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions[:, :, None].to(wide) * frequencies  # (rows, seq, head_dim / 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Float[Tensor, "batch n seq head_dim"], rotation: Rotation) -> Float[Tensor, "batch n seq head_dim"]:
-    """Turn each pair of features (i, i + half) of every head by the angle of its position.
+    """Turn each pair of features (i, i + head_dim / 2) of every head by the angle of its position.
+
+        (first, second) → (first · cos − second · sin,  second · cos + first · sin)          [RoPE] eq. 34
 
     [RoPE] pairs neighbours (2i, 2i + 1); Hugging Face's checkpoints, and so we, pair the two halves of a head. The two
     differ by a fixed permutation of the rows of q_proj and k_proj: `read_gguf.py` undoes it.
     """
-    cos, sin = (table[:, None] for table in rotation)  # (rows, 1, seq, half): the same for every head
+    cos, sin = (table[:, None] for table in rotation)  # (rows, 1, seq, head_dim): the same for every head
     if trains_on_cpu(x):
         return autograd.rotate(x, cos, sin)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (second, first)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 class KVCache:

@@ -57,17 +57,17 @@ def test_swiglu(shape):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_rotate(rows):
-    angles = random(rows, 1, 5, 3)
+    angles = random(rows, 5, 3)
+    cos, sin = tables = torch.cat([angles.cos()] * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
     with torch.no_grad():
         x = random(2, 4, 5, 6)
-        plain = model.rotate(x, (angles[:, 0].cos(), angles[:, 0].sin()))  # no gradient: the plain lines
-    y, dx = gradients(lambda x: autograd.rotate(x, angles.cos(), angles.sin()), x)
+        plain = model.rotate(x, tables)  # no gradient: the plain lines
+    y, dx = gradients(lambda x: autograd.rotate(x, cos[:, None], sin[:, None]), x)
 
     torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    turned_back = model.rotate(weights, (angles[:, 0].cos(), -angles[:, 0].sin()))
-    torch.testing.assert_close(dx, turned_back, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda x: autograd.rotate(x, angles.cos(), angles.sin()), x.requires_grad_())
+    torch.testing.assert_close(dx, model.rotate(weights, (cos, -sin)), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: autograd.rotate(x, cos[:, None], sin[:, None]), x.requires_grad_())
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (3, 1)])
@@ -90,7 +90,7 @@ def test_dtypes_come_back_as_they_went_in(dtype):
     for results in (
         gradients(lambda x, w: autograd.rms_norm(x, w, 1e-5), x, weight),
         gradients(autograd.swiglu, x, x),
-        gradients(lambda x: autograd.rotate(x[:, None], torch.ones(1, 1, 3, 4, dtype=dtype), x[:1, None, :, :4]), x),
+        gradients(lambda x: autograd.rotate(x[:, None], torch.ones(1, 1, 3, 8, dtype=dtype), x[:1, None]), x),
         gradients(autograd.causal_attention, x[:, None], x[:, None], x[:, None]),
     ):
         assert {result.dtype for result in results} == {dtype}
@@ -249,7 +249,7 @@ def test_gradients_of_gradients_are_refused():
     for y in (
         autograd.rms_norm(x, torch.ones(8), 1e-5),
         autograd.swiglu(x, x),
-        autograd.rotate(x[:, None], torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4)),
+        autograd.rotate(x[:, None], torch.ones(1, 1, 3, 8), torch.ones(1, 1, 3, 8)),
         autograd.causal_attention(x[:, None], x[:, None], x[:, None]),
     ):
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)

@@ -72,6 +72,18 @@ def test_a_rotation_keeps_lengths_and_position_0_keeps_everything():
     assert torch.equal(turned[:, :, 0], x[:, :, 0])
 
 
+def test_a_rotation_is_a_complex_number_times_one_of_length_1():
+    config, x = tiny_config(), torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    positions = torch.tensor([[0, 3, 4, 9, 100]])
+    frequencies = torch.tensor(config.rope_frequencies(), dtype=torch.float64)
+
+    turned = rotate(x, rotation_of(config, positions, x.dtype))
+
+    first, second = x.chunk(2, dim=-1)
+    as_complex = torch.complex(first, second) * torch.exp(1j * positions[0, :, None] * frequencies)
+    torch.testing.assert_close(turned, torch.cat((as_complex.real, as_complex.imag), dim=-1), **CLOSE)
+
+
 def test_bfloat16_tells_position_256_from_257():
     cos, _ = rotation_of(tiny_config(), torch.tensor([[256, 257]]), torch.bfloat16)
 
