@@ -39,6 +39,9 @@ bench: base
 	@$(PY) benchmarks/nf4_kernels.py --json runs/bench/nf4_kernels.json
 	@$(PY) benchmarks/attention.py
 	@$(PY) benchmarks/training_step.py --json benchmarks/results.json
+	@$(PY) benchmarks/growth.py
+	@$(PY) benchmarks/generation.py --json runs/bench/generation.json
+	@$(PY) benchmarks/demo_task.py --json runs/bench/demo_task.json
 
 build: base
 	@$(NOTEBOOK_ENV) $(PY) -m minilora.classroom.build

@@ -6,9 +6,9 @@
     python benchmarks/demo_task.py --json FILE              the same numbers as JSON
 
 The work, on either side: SmolLM2-135M in bfloat16, LoRA of the same r and alpha on all linear layers, the same encoded
-samples once each, loss on the answers alone, AdamW without decay at the same rate, warmed up and let down along straight
-lines, gradients clipped at 1. Theirs pads each batch to its longest sample with transformers' DataCollatorForSeq2Seq and
-shuffles as Trainer does; ours pads likewise, with samples of like length together (train/data).
+samples once each, loss on the answers alone, AdamW without decay at the same rate, which rises and falls along straight
+lines, gradients clipped at 1. Theirs pads each batch to its longest sample with transformers' DataCollatorForSeq2Seq
+and shuffles as Trainer does; ours pads likewise, with samples of like length together (train/data).
 
 A time is that of the training call, from the first batch to the last step; loading and judging are not in it. Both
 adapters are judged by our decoder, which reads theirs from PEFT's own file. Every run is a process of its own.

@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py                          QLoRA and LoRA in bfloat16, and LoRA in float32
     python benchmarks/training_step.py --cases qlora-bf16 --rounds 5
-    python benchmarks/training_step.py --batch 1 --tokens 2048  another shape
+    python benchmarks/training_step.py --batch 1 --tokens 2048  another shape (growth.py draws many)
     python benchmarks/training_step.py --json FILE              the same numbers as JSON
     python benchmarks/training_step.py --table FILE             the README's table, out of such a file
 
@@ -97,7 +97,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def in_a_process(side: str, case: str, options: argparse.Namespace) -> dict[str, Any]:
-    numbers = ("batch", "tokens", "r", "steps", "threads")
+    numbers = ("batch", "tokens", "r", "layers", "steps", "threads")
     given = [text for name in numbers for text in (f"--{name}", str(getattr(options, name)))]
     command = [sys.executable, __file__, "--side", side, "--cases", case, *given]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
@@ -154,6 +154,7 @@ def ours(method: str, dtype: Any, options: argparse.Namespace) -> tuple[Any, Cal
     from minilora.train.loss import loss_of
 
     model, _ = load_model("smollm2-135m", dtype=dtype)
+    del model.model.layers[options.layers :]
     wrap = {"lora": LoRALinear, "qlora": QLoRALinear}[method]
     inject(model, "all-linear", lambda base: wrap(base, r=options.r, alpha=2 * options.r))
     model.model.gradient_checkpointing = options.cases[0].endswith("checkpointing")
@@ -178,6 +179,7 @@ def peft(method: str, dtype: Any, options: argparse.Namespace) -> tuple[Any, Cal
     base = AutoModelForCausalLM.from_pretrained(
         smollm2.fetch(), dtype=dtype, quantization_config=four_bits, device_map="cpu"
     )
+    del base.model.layers[options.layers :]
     base.config.use_cache = False
     config = LoraConfig(r=options.r, lora_alpha=2 * options.r, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
@@ -196,6 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=30, help="the first of the model's 30")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -49,6 +49,31 @@ def _demo(args: argparse.Namespace) -> int:
     return main_from_args(args)
 
 
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", required=True, metavar="FILE", help='JSONL: {"prompt": …, "completion": …} or {"messages": …} a line')
+    add("--out", required=True, metavar="FOLDER", help="for the adapter")
+    add("--base", default="smollm2-135m", metavar="MODEL", help="a name, or a folder (default %(default)s)")
+    add("--method", choices=("lora", "qlora"), default="lora", help="over the weights or 4 bits (default %(default)s)")
+    add("-r", "--r", type=int, default=16, metavar="RANK", help="rank of the adapter (default %(default)s)")
+    add("--alpha", type=float, metavar="A", help="the update is scaled by alpha / r (default 2 r)")
+    add("--lr", type=float, default=2e-4, metavar="RATE", help="learning rate (default %(default)s)")
+    add("--epochs", type=int, default=1, metavar="N", help="times every sample is seen (default %(default)s)")
+    add("--batch", type=int, default=8, metavar="N", help="samples a step (default %(default)s)")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the base's weights (default %(default)s)")
+    add("--optimizer", choices=("adamw", "adamw-8bit"), default="adamw", help="moments' bits (default adamw: 32)")
+    add("--checkpointing", action="store_true", help="keep the input of each layer, compute the layer again")
+    add("--seed", type=int, default=0, metavar="N", help="of the order and the adapter's start (default %(default)s)")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from minilora.doctor import memory_bytes
+    from minilora.train.command import run
+
+    _, free = memory_bytes()
+    return run(args, free)
+
+
 def _size_arguments(parser: argparse.ArgumentParser) -> None:
     from minilora.llm.size_report import add_size_arguments
 
@@ -77,6 +102,12 @@ COMMANDS = {
         example="minilora demo --method lora --out runs/first",
         add_arguments=_demo_arguments,
         run=_demo,
+    ),
+    "train": Command(
+        does="fine-tune a model on your own samples, if the memory is there",
+        example="minilora train --data samples.jsonl --out runs/mine --method qlora",
+        add_arguments=_train_arguments,
+        run=_train,
     ),
     "size": Command(
         does="parameters, adapter file and training memory of a model, without its weights",
@@ -159,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in `minilora size --list | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except (ValueError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError, ArithmeticError) as error:
         if wants_traceback:
             raise
         print(f"minilora: {_one_line(error)}", file=sys.stderr)

@@ -55,16 +55,30 @@ def load_model(
     if not dtype.is_floating_point:
         raise ValueError(f"cannot load weights as {dtype}: use a floating-point dtype such as torch.bfloat16")
     path = Path(name_or_path)
-    if str(name_or_path) == smollm2.NAME:
-        return _from_folder(smollm2.fetch(), dtype, device, Origin(**smollm2.ORIGIN))
-    if path.is_dir():
-        return _from_folder(path, dtype, device)
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path, dtype, device)
-    if HUB_NAME.fullmatch(str(name_or_path)):
-        model, tokenizer = _from_folder(_from_hub(str(name_or_path)), dtype, device)
+    folder = model_folder(name_or_path)
+    if str(name_or_path) == smollm2.NAME:
+        return _from_folder(folder, dtype, device, Origin(**smollm2.ORIGIN))
+    model, tokenizer = _from_folder(folder, dtype, device)
+    if not path.is_dir():
         model.origin = replace(model.origin, name=str(name_or_path))
-        return model, tokenizer
+    return model, tokenizer
+
+
+def model_folder(name_or_path: str | Path) -> Path:
+    """Find the folder of a model's config, tokenizer and weights; fetch it, where it is named and not here yet.
+
+    Raises:
+        ValueError: if the name is unknown.
+        RuntimeError: if it has to be fetched and cannot be.
+    """
+    if str(name_or_path) == smollm2.NAME:
+        return smollm2.fetch()
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    if HUB_NAME.fullmatch(str(name_or_path)):
+        return _from_hub(str(name_or_path))
     raise ValueError(
         f"there is no model {str(name_or_path)!r}: give {smollm2.NAME!r}, a folder with safetensors, a .gguf file, "
         "or a hub name such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"

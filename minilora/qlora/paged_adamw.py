@@ -5,7 +5,8 @@
     budget     bytes of moments in fast memory; the rest is in a file, or for a GPU in the CPU's memory
 
 Where a moment lies changes nothing in a step: the arithmetic is in float32, value by value, and a block of 256 values
-that share a unit never spans two pages. So every budget gives the same bits; in 32 bits they are those of torch.optim.AdamW(fused=True).
+that share a unit never spans two pages. So every budget gives the same bits; in 32 bits they are those of
+torch.optim.AdamW(fused=True).
 
 Read before this file: moments, paging.
 """

@@ -1,0 +1,63 @@
+"""Will a run fit into memory? Asked before anything is loaded, and answered with what would fit.
+
+What a run needs is counted, not tried: llm/sizes, within a tenth of what tensors really take. A process that asks for
+more than there is does not get an error on most systems: it is killed, some minutes into its work.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from minilora.llm.architectures import Architecture
+from minilora.llm.size_report import MARGIN
+from minilora.llm.sizes import Setup, training_bytes
+
+MOST_WAYS = 3  # that are told
+GIB = 2**30
+
+
+def bytes_needed(arch: Architecture, setup: Setup) -> int:
+    """Bytes to have free for a run: the sum of training_bytes, and a tenth for what is an estimate in it."""
+    return int(MARGIN * training_bytes(arch, setup).total)
+
+
+def check_fits(arch: Architecture, setup: Setup, free_bytes: int) -> None:
+    """Refuse a run that needs more memory than is free.
+
+    Raises:
+        MemoryError: with what it needs, what is free, and the changes that would make it fit, fewest changes first.
+    """
+    needed = bytes_needed(arch, setup)
+    if needed <= free_bytes:
+        return
+    fitting = [
+        (options, bytes_needed(arch, other))
+        for options, other in sorted(smaller(setup), key=lambda way: len(way[0]))
+        if bytes_needed(arch, other) <= free_bytes
+    ][:MOST_WAYS]
+    head = f"this run needs {needed / GIB:.2f} GiB and {free_bytes / GIB:.2f} are free"
+    if not fitting:
+        least = min(bytes_needed(arch, other) for _, other in smaller(setup))
+        raise MemoryError(
+            f"{head}; with every option that saves memory it is {least / GIB:.2f}: "
+            "choose a smaller model or shorter samples, or close other programs"
+        )
+    ways = "\n".join(f"  {' '.join(options):<50}{taken / GIB:>6.2f} GiB" for options, taken in fitting)
+    raise MemoryError(f"{head}; what would fit:\n{ways}")
+
+
+def smaller(setup: Setup) -> Iterator[tuple[list[str], Setup]]:
+    """Every setup that takes less by one option of `minilora train` or more, with those options."""
+    batches = [setup.batch // 2**halvings for halvings in range(setup.batch.bit_length())]
+    methods = [setup.method] if setup.method == "qlora" else [setup.method, "qlora"]
+    optimizers = [setup.optimizer] if setup.optimizer == "adamw-8bit" else [setup.optimizer, "adamw-8bit"]
+    for again, batch, method, optimizer in product((False, True), batches, methods, optimizers):
+        options = ["--checkpointing"] if again and not setup.checkpointing else []
+        options += [f"--batch {batch}"] if batch != setup.batch else []
+        options += [f"--method {method}"] if method != setup.method else []
+        options += [f"--optimizer {optimizer}"] if optimizer != setup.optimizer else []
+        if options:
+            other = replace(
+                setup, checkpointing=again or setup.checkpointing, batch=batch, method=method, optimizer=optimizer
+            )
+            yield options, other

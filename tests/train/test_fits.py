@@ -1,0 +1,54 @@
+"""A run that cannot fit is refused before anything is loaded, with the options that would make it fit."""
+
+from dataclasses import replace
+
+import pytest
+
+from minilora.llm.architectures import ARCHITECTURES
+from minilora.llm.sizes import Setup, training_bytes
+from minilora.train.fits import GIB, bytes_needed, check_fits, smaller
+
+LLAMA = ARCHITECTURES["llama-2-7b"]
+SETUP = Setup(method="lora", r=16, batch=8, seq=1024)
+
+
+def test_what_is_needed_is_the_count_and_a_tenth():
+    assert bytes_needed(LLAMA, SETUP) == int(1.1 * training_bytes(LLAMA, SETUP).total)
+
+
+def test_a_run_that_fits_to_the_byte_is_not_refused():
+    check_fits(LLAMA, SETUP, bytes_needed(LLAMA, SETUP))
+
+    with pytest.raises(MemoryError):
+        check_fits(LLAMA, SETUP, bytes_needed(LLAMA, SETUP) - 1)
+
+
+def test_every_way_that_is_told_fits_and_the_fewest_changes_come_first():
+    free = 20 * GIB
+    with pytest.raises(MemoryError) as refused:
+        check_fits(LLAMA, SETUP, free)
+    head, *ways = str(refused.value).splitlines()
+
+    assert head == f"this run needs {bytes_needed(LLAMA, SETUP) / GIB:.2f} GiB and 20.00 are free; what would fit:"
+    ways_by_options = {" ".join(options): other for options, other in smaller(SETUP)}
+    told = [way.rsplit(maxsplit=2)[0].strip() for way in ways]
+    assert told
+    assert all(bytes_needed(LLAMA, ways_by_options[options]) <= free for options in told)
+    assert [text.count("--") for text in told] == sorted(text.count("--") for text in told)
+    fewest = min(len(options) for options, other in smaller(SETUP) if bytes_needed(LLAMA, other) <= free)
+    assert told[0].count("--") == fewest
+
+
+def test_where_nothing_would_fit_it_says_the_least():
+    least = min(bytes_needed(LLAMA, other) for _, other in smaller(SETUP))
+
+    with pytest.raises(MemoryError, match=rf"every option that saves memory it is {least / GIB:.2f}: choose a smaller"):
+        check_fits(LLAMA, SETUP, GIB)
+
+
+def test_smaller_setups_keep_what_is_saved_already():
+    saving = replace(SETUP, method="qlora", checkpointing=True, batch=1, optimizer="adamw-8bit")
+
+    assert list(smaller(saving)) == []
+    assert all(other != SETUP for _, other in smaller(SETUP))
+    assert {other.batch for _, other in smaller(SETUP)} == {8, 4, 2, 1}

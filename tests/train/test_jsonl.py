@@ -1,0 +1,80 @@
+"""Samples out of JSONL: what is learnt, and bad lines named by number."""
+
+import json
+
+import pytest
+
+from minilora.llm.load import model_folder
+from minilora.llm.tokenizer import load_tokenizer
+from minilora.train.data import IGNORED
+from minilora.train.jsonl import messages_of, read_samples
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(model_folder("smollm2-135m"))
+
+
+def written(tmp_path, *rows):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_loss_is_on_the_last_answer_and_its_end(tmp_path, tokenizer):
+    path = written(tmp_path, {"prompt": "Say yes.", "completion": "Yes, I do."}, "")
+    (sample,) = read_samples(path, tokenizer)
+    learnt = [label for label in sample.labels if label != IGNORED]
+
+    assert learnt == [*tokenizer.encode("Yes, I do."), tokenizer.eos]
+    assert sample.tokens == tokenizer.encode_chat([{"role": "user", "content": "Say yes."}]) + learnt
+
+
+def test_a_prompt_is_a_conversation_of_one_message(tmp_path, tokenizer):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [{"prompt": "Hi", "completion": "Hello"}, {"messages": messages}]
+    short, long = read_samples(written(tmp_path, *rows), tokenizer)
+
+    assert (short.tokens, short.labels) == (long.tokens, long.labels)
+
+
+def test_earlier_answers_are_context(tmp_path, tokenizer):
+    talk = [("system", "Be brief."), ("user", "1?"), ("assistant", "One."), ("user", "2?"), ("assistant", "Two.")]
+    row = {"messages": [{"role": role, "content": content} for role, content in talk]}
+    (sample,) = read_samples(written(tmp_path, row), tokenizer)
+
+    assert [label for label in sample.labels if label != IGNORED] == [*tokenizer.encode("Two."), tokenizer.eos]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([1], "it is a list, not an object"),
+        ({"text": "a"}, "needs messages, or a prompt and a completion that are texts; its keys are text"),
+        ({"prompt": "a", "completion": 3}, "that are texts"),
+        ({"messages": "a"}, "messages are objects with a role"),
+        ({"messages": [{"role": "tool", "content": "a"}] * 2}, "messages are objects with a role"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, "the last message has to be the assistant's"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "after at least one other"),
+    ],
+)
+def test_a_row_of_another_form_is_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        messages_of(row)
+
+
+def test_bad_lines_are_told_by_number(tmp_path, tokenizer):
+    good = {"prompt": "a", "completion": "b"}
+    path = written(tmp_path, good, "{not json", good, {"prompt": "a", "completion": ""}, *["[]"] * 9)
+
+    with pytest.raises(ValueError, match="lines that cannot be learnt from") as error:
+        read_samples(path, tokenizer)
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0].strip() for line in lines[1:-1]] == ["line 2", "line 4", "line 5", "line 6", "line 7"]
+    assert "empty answer" in lines[2]
+    assert lines[-1] == "  and 6 more"
+
+
+def test_a_file_without_samples_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="holds no sample: give it a line like"):
+        read_samples(written(tmp_path, "", ""), tokenizer)
