@@ -38,6 +38,7 @@ bench: base
 	@mkdir -p runs/bench
 	@$(PY) benchmarks/nf4_kernels.py --json runs/bench/nf4_kernels.json
 	@$(PY) benchmarks/attention.py
+	@$(PY) benchmarks/products.py
 	@$(PY) benchmarks/training_step.py --json benchmarks/results.json
 	@$(PY) benchmarks/growth.py
 	@$(PY) benchmarks/generation.py --json runs/bench/generation.json

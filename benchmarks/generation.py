@@ -3,9 +3,10 @@
     python benchmarks/generation.py                     bfloat16, 1 and 8 rows
     python benchmarks/generation.py --json FILE         the same numbers as JSON
 
-SmolLM2-135M continues prompts of 32 random words' length by 64 tokens, without a stop. Both read the prompt, keep keys
-and values, and read one new token a row and step. In float32 both must write the same tokens, or nothing is printed.
-A rate is rows · tokens / seconds of the whole call, prompt included; a ratio is ours / theirs within one round.
+SmolLM2-135M continues pieces of Python's own documentation, of 32 tokens each, by 64 tokens, without a stop. Both read
+the prompt, keep keys and values, and read one new token a row and step. In float32 both must write the same tokens, or
+nothing is measured. A rate is rows · tokens / seconds of the whole call, prompt included; a ratio is ours / theirs
+within one round.
 """
 
 import argparse
@@ -46,8 +47,8 @@ def measure(sides: dict[str, Side], prompts: list[list[int]], rounds: int) -> di
     for generate in sides.values():
         generate(prompts)  # the first call of all loads and compiles
     rates: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, generate in sides.items():
+    for number in range(rounds):
+        for name, generate in sorted(sides.items(), reverse=number % 2 == 1):
             start = time.perf_counter()
             generate(prompts)
             rates[name].append(len(prompts) * NEW_TOKENS / (time.perf_counter() - start))
@@ -105,7 +106,7 @@ SIDES = {"transformers": transformers, "ours": ours, "ours-4-bits": ours_in_4_bi
 
 
 def make_prompts(n: int) -> list[list[int]]:
-    """The beginnings of n chapters of Python's own documentation, as tokens: all of one length."""
+    """n pieces of Python's own documentation, as tokens: all of one length."""
     from minilora.llm import load_model
     from minilora.train.evaluate import english_text
 

@@ -1,13 +1,13 @@
 """How a training step grows with tokens, rank and layers: ours beside PEFT + bitsandbytes, as a figure.
 
     python benchmarks/growth.py                       measure, write benchmarks/growth.json and benchmarks/growth.png
-    python benchmarks/growth.py --quick               the ends of every axis alone
+    python benchmarks/growth.py --axes layers         one axis anew; the others stay as they were
     python benchmarks/growth.py --draw                the figure again, from benchmarks/growth.json
 
 The work is training_step.py's: SmolLM2-135M, QLoRA in bfloat16. One thing grows at a time: the tokens of a single row
 (attention grows with their square), the rank, or the layers (the first n of the model's 30); the others stay at 4 rows
-of 256 tokens, r 16 and all layers. A point is the second of two steps, once for each side: read the shape of the
-curves here, and the ratio with its spread in training_step.py.
+of 256 tokens, r 16 and all layers. A point is the faster of two steps after a first one, once for each side: read the
+shape of the curves here, and the ratio with its spread in training_step.py.
 """
 
 import argparse
@@ -33,24 +33,24 @@ def main() -> None:
     options = parse()
     results = HERE / "growth.json"
     if not options.draw:
-        facts = about(*PACKAGES)
-        found = {axis: measure(axis, options.quick) for axis in AXES}
-        results.write_text(json.dumps({"machine": facts, "axes": found}, indent=2) + "\n")
+        before = json.loads(results.read_text())["axes"] if results.exists() else {}
+        found = {axis: measure(axis) if axis in options.axes else before[axis] for axis in AXES}
+        results.write_text(json.dumps({"machine": about(*PACKAGES), "axes": found}, indent=2) + "\n")
     (HERE / "growth.png").write_bytes(draw(json.loads(results.read_text())["axes"]))
 
 
-def measure(axis: str, quick: bool) -> list[dict[str, Any]]:
+def measure(axis: str) -> list[dict[str, Any]]:
     """Both sides at every point of an axis."""
     title, points = AXES[axis]
     print(f"{title:<20}{'ours':>22}{'theirs':>22}{'time':>8}{'memory':>8}")
     rows = []
-    for point in points[:: len(points) - 1] if quick else points:
-        options = argparse.Namespace(**USUAL | point, steps=2, threads=os.cpu_count())
+    for point in points:
+        options = argparse.Namespace(**USUAL | point, steps=3, threads=os.cpu_count())
         row: dict[str, Any] = {axis: point[axis]}
         row |= {side: in_a_process(side, "qlora-bf16", options) for side in SIDES}
         check_same_work(row["ours"], row["peft"])
-        sides = "".join(f"{row[side]['step_s']:>10.2f} s{row[side]['peak_gib']:>6.2f} GiB" for side in SIDES)
-        ratios = "".join(f"{row['ours'][what] / row['peft'][what]:>8.2f}" for what in ("step_s", "peak_gib"))
+        sides = "".join(f"{row[side]['fastest_s']:>10.2f} s{row[side]['peak_gib']:>6.2f} GiB" for side in SIDES)
+        ratios = "".join(f"{row['ours'][what] / row['peft'][what]:>8.2f}" for what in ("fastest_s", "peak_gib"))
         print(f"{point[axis]:<20,}{sides}{ratios}", flush=True)
         rows.append(row)
     return rows
@@ -65,18 +65,19 @@ def draw(found: dict[str, list[dict[str, Any]]]) -> bytes:
         whole = plots.new_figure(10, 5.4)
         panels = whole.subplots(2, len(found))
         for column, (axis, rows) in enumerate(found.items()):
-            for panel, what, unit in zip(panels[:, column], ("step_s", "peak_gib"), ("seconds", "GiB"), strict=True):
+            grown = [row[axis] for row in rows]
+            for panel, what in zip(panels[:, column], ("fastest_s", "peak_gib"), strict=True):
                 for (side, name), marker, colour in zip(SIDES.items(), plots.MARKERS, plots.COLOURS, strict=False):
-                    values = [row[side][what] for row in rows]
-                    panel.plot([row[axis] for row in rows], values, marker=marker, color=colour, label=name)
+                    panel.plot(grown, [row[side][what] for row in rows], marker=marker, color=colour, label=name)
                 panel.set_ylim(bottom=0)
-                panel.set_xscale("linear" if axis == "layers" else "log", **({} if axis == "layers" else {"base": 2}))
-                panel.set_xticks([row[axis] for row in rows], [f"{row[axis]:,}" for row in rows])
+                if axis != "layers":
+                    panel.set_xscale("log", base=2)
+                panel.set_xticks(grown, [f"{n:,}" for n in grown])
                 panel.minorticks_off()
                 panel.grid(axis="y")
-                if column == 0:
-                    panel.set_ylabel({"seconds": "a step, seconds", "GiB": "peak memory, GiB"}[unit])
             panels[1, column].set_xlabel(AXES[axis][0])
+        panels[0, 0].set_ylabel("a step, seconds")
+        panels[1, 0].set_ylabel("peak memory, GiB")
         panels[0, 0].legend()
         return plots.png(whole)
 
@@ -85,7 +86,7 @@ def draw(found: dict[str, list[dict[str, Any]]]) -> bytes:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES)
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     return parser.parse_args()
 

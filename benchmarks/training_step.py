@@ -139,6 +139,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         del loss  # on either side: its graph would lie in the middle of the next step's memory
     return {
         "step_s": statistics.median(times[1:]),
+        "fastest_s": min(times[1:]),
         "peak_gib": peak_gib(),
         "process_peak_gib": max(before, peak_gib()),
         "loss": losses[0],

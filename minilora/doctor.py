@@ -33,6 +33,7 @@ CPU_FEATURES = {
 WIDTH, FACT_COLUMN = 100, 19  # of the printed lines
 MODEL_BYTES = 1_000_000_000  # on disk while the base model is fetched and converted
 MEMORY_BYTES = 4 * 2**30
+CONTAINER = Path("/sys/fs/cgroup")  # where a container's limits are told
 SPEED_SECONDS = 0.4  # of measuring, for each dtype
 
 
@@ -235,14 +236,18 @@ def memory_check() -> Check:
 def memory_bytes() -> tuple[int, int]:
     """All memory and what of it can still be used; where a system does not tell the second, all counts as free."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    listing = Path("/proc/meminfo")
-    if not listing.is_file():
-        return total, total
-    line = next(line for line in listing.read_text().splitlines() if line.startswith("MemAvailable"))
-    return total, min(total, 1024 * int(line.split()[1]))
+    free, listing = total, Path("/proc/meminfo")
+    if listing.is_file():
+        line = next(line for line in listing.read_text().splitlines() if line.startswith("MemAvailable"))
+        free = 1024 * int(line.split()[1])
+    if CONTAINER.joinpath("memory.max").is_file():
+        limit, used, kinds = (
+            (CONTAINER / name).read_text() for name in ("memory.max", "memory.current", "memory.stat")
+        )
+        if limit.strip().isdigit():
+            cached = next(int(line.split()[1]) for line in kinds.splitlines() if line.startswith("inactive_file "))
+            total, free = min(total, int(limit)), min(free, int(limit) - int(used) + cached)
+    return total, max(0, min(total, free))
 
 
 def gpu_check() -> Check | None:

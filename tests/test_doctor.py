@@ -124,6 +124,21 @@ def test_free_memory_is_not_more_than_there_is():
     assert 0 < free <= total
 
 
+def test_a_containers_limit_counts_without_what_it_uses(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "CONTAINER", tmp_path)
+    for name, text in (
+        ("memory.max", "1000\n"),
+        ("memory.current", "700\n"),
+        ("memory.stat", "anon 1\ninactive_file 50\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert doctor.memory_bytes() == (1000, 350)
+
+    (tmp_path / "memory.max").write_text("max\n")
+    total, free = doctor.memory_bytes()
+    assert 1000 < free <= total
+
+
 def test_slow_bf16_comes_with_advice(monkeypatch):
     monkeypatch.setattr(doctor, "matmul_tflops", {"float32": 0.2, "bfloat16": 0.01}.get)
     check = doctor.speed_check()

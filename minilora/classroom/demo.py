@@ -32,10 +32,10 @@ from minilora.qlora import NF4Linear, QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, save_adapter
 from minilora.torch_lora.inject import ALL_LINEAR, adapter_layers
 from minilora.torch_lora.layers import LoRALayer
-from minilora.train.data import Sample, make_batches, mask_prompt
+from minilora.train.data import Sample, mask_prompt
 from minilora.train.evaluate import english_text, exact_match, generate_answers, perplexity, valid_json
 from minilora.train.extraction import Example, make_extraction
-from minilora.train.trainer import Training, progress_bar, train, warmup_then_decay
+from minilora.train.finetune import fine_tune
 
 METHODS: Mapping[str, Callable[..., nn.Module]] = {"qlora": QLoRALinear, "lora": LoRALinear}
 BASE = "smollm2-135m"
@@ -109,7 +109,15 @@ def run_demo(
     wrap, start = METHODS[settings.method], torch.Generator().manual_seed(settings.seed)
     report = inject(model, ALL_LINEAR, lambda base: wrap(base, r=settings.r, alpha=settings.alpha, generator=start))
     say(f"{settings.method}, r={settings.r}: {report.count}")
-    training = fine_tune(model, [encode(tokenizer, example) for example in data.train], tokenizer, settings)
+    assert tokenizer.pad is not None
+    training = fine_tune(
+        model,
+        [encode(tokenizer, example) for example in data.train],
+        pad=tokenizer.pad,
+        lr=settings.lr,
+        batch_size=BATCH_SIZE,
+        seed=settings.seed,
+    )
     say(f"  {training}")
     peak_gib = peak_memory_bytes() / GIB
 
@@ -153,17 +161,6 @@ def encode(tokenizer: Tokenizer, example: Example) -> Sample:
     return mask_prompt(
         tokenizer.encode_chat(example.messages), tokenizer.encode(example.answer), tokenizer.eos, name=example.sentence
     )
-
-
-def fine_tune(model: Decoder, samples: Sequence[Sample], tokenizer: Tokenizer, settings: Settings) -> Training:
-    """Train the adapter that is in the model, every sample once, under a progress bar."""
-    assert tokenizer.pad is not None
-    batches = make_batches(samples, BATCH_SIZE, tokenizer.pad, settings.seed)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)  # unfused: a dozen passes each
-    schedule = warmup_then_decay(len(batches), n_warmup=len(batches) // 10)
-    with progress_bar(len(batches)) as listener:
-        return train(model, batches, optimizer, schedule, listeners=[listener])
 
 
 def in_nf4(model: Decoder) -> Decoder:

@@ -29,12 +29,14 @@ class Again:
 
     `again()` makes it from what the function keeps for its own backward; a LoRA layer over it then keeps nothing of
     that size (torch_lora/autograd). Several layers over one result share what the first of them made, until the
-    function's own backward calls `drop`. torch checks, as ever, that what it is made from was not changed in place.
+    function's own backward calls `drop`. When it is made, torch
+    checks that nothing it is made from was changed in place.
     """
 
     def __init__(self, ctx: Any, make: Callable[..., Tensor]) -> None:
         self.ctx, self.make = weakref.ref(ctx), make
-        self.drop()
+        self.kept: tuple[Tensor, ...] | None = None
+        self.made: Tensor | None = None
 
     def __call__(self) -> Tensor:
         if self.made is None:
@@ -48,8 +50,7 @@ class Again:
         return self.kept
 
     def drop(self) -> None:
-        self.kept: tuple[Tensor, ...] | None = None
-        self.made: Tensor | None = None
+        self.kept = self.made = None
 
 
 def rms_norm(x: Float[Tensor, "*n hidden"], weight: Float[Tensor, "hidden"], eps: float) -> Float[Tensor, "*n hidden"]:

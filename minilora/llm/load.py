@@ -26,7 +26,8 @@ from minilora.llm.read_gguf import GGUFModel
 from minilora.llm.tokenizer import Tokenizer, load_tokenizer, read_json
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "chat_template.jinja"]
+SMALL_FILES = ["config.json", "tokenizer*.json", "chat_template.jinja"]  # of a hub's model
+WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DERIVED = ".rotary_emb.inv_freq"  # in some older checkpoints; computed from the config
@@ -66,19 +67,23 @@ def load_model(
     return model, tokenizer
 
 
-def model_folder(name_or_path: str | Path) -> Path:
+def model_folder(name_or_path: str | Path, *, weights: bool = True) -> Path:
     """Find the folder of a model's config, tokenizer and weights; fetch it, where it is named and not here yet.
 
+    Without `weights` a hub is asked for the small files alone.
+
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if the name is unknown, or the folder has no config.
         RuntimeError: if it has to be fetched and cannot be.
     """
     if str(name_or_path) == smollm2.NAME:
         return smollm2.fetch()
     if Path(name_or_path).is_dir():
+        if not (Path(name_or_path) / "config.json").exists():
+            raise ValueError(f"{name_or_path} has no config.json: it is not a Hugging Face model folder")
         return Path(name_or_path)
     if HUB_NAME.fullmatch(str(name_or_path)):
-        return _from_hub(str(name_or_path))
+        return _from_hub(str(name_or_path), [*SMALL_FILES, *(WEIGHT_FILES if weights else [])])
     raise ValueError(
         f"there is no model {str(name_or_path)!r}: give {smollm2.NAME!r}, a folder with safetensors, a .gguf file, "
         "or a hub name such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"
@@ -88,8 +93,6 @@ def model_folder(name_or_path: str | Path) -> Path:
 def _from_folder(
     folder: Path, dtype: torch.dtype, device: torch.device | str, origin: Origin | None = None
 ) -> tuple[Decoder, Tokenizer]:
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     config = read_json(folder / "config.json")
     files = _weight_files(folder)
     origin = origin or Origin(name=folder.resolve().name, files=tuple(files))
@@ -105,7 +108,7 @@ def _from_gguf(path: Path, dtype: torch.dtype, device: torch.device | str) -> tu
     return model, Tokenizer(file.tokenizer_json, file.tokenizer_settings)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, patterns: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -114,7 +117,7 @@ def _from_hub(name: str) -> Path:
             "`pip install huggingface_hub`, or give a folder"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the library and its HTTP client have dozens of their own
         raise RuntimeError(f"{name!r} is no folder here, and the hub did not give it: {error}") from error
 

@@ -31,7 +31,7 @@ from minilora.qlora.moments import MIN_8BIT_VALUES, PARTS, Run, cut, lay_out, le
 from minilora.qlora.paging import Pager, Traffic, open_store
 from minilora.qlora.paging_report import PagingReport, report_on
 
-PIECE = 65_536  # values computed at once: temporaries take 256 KiB each, which a CPU's cache holds
+PIECE = 65_536  # values computed at once: the temporaries of 8 bits take 256 KiB each, which a cache holds
 PAGE_MULTIPLE = 4096  # bytes: disks and operating systems move no less
 
 # As torch decorates them, the first call of any imports its compiler: 2 s, and 136 MiB for good.
@@ -281,7 +281,8 @@ def adamw_(
         p ← (1 − lr · weight_decay) p − lr · m̂ / (√v̂ + eps)          [AdamW] algorithm 2
 
     The decay acts on p itself, not through g: √v̂ does not divide it. One kernel of torch's does all of it, in one pass
-    over the four; it is the one behind torch.optim.AdamW(fused=True), so the bits are the same.
+    over the four; it is the one behind torch.optim.AdamW(fused=True), so the bits are the same (torch has no public
+    name for it; a test compares the bits).
     """
     torch._fused_adamw_(
         [p],
@@ -289,7 +290,7 @@ def adamw_(
         [m],
         [v],
         [],
-        [torch.tensor(float(step), device=p.device)],
+        [torch.full((), float(step), device=p.device)],  # not torch.tensor: that would wait for a GPU
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],

@@ -34,8 +34,8 @@ def lora_linear(
 ) -> Float[Tensor, "*n out"]:
     """base(x) + scaling · (x Aᵀ) Bᵀ, with gradients to x, A and B, for a frozen base that computes x Wᵀ + bias.
 
-    `base` is called once, in the forward, without gradients. `weight` is its W; None for a base that stores no floats:
-    then base.dense_weight(dtype) is asked for it in the backward, and only if x wants a gradient. Gradients of
+    `weight` is its W, used with base.bias; None for a base that stores no floats: that is called, without gradients,
+    and base.dense_weight(dtype) is asked for W in the backward, but only if x wants a gradient. Gradients of
     gradients raise a RuntimeError, and so does a backward after `weight` was changed in place.
     """
     return _LoRALinear.apply(x, A, B, scaling, base, weight)
@@ -64,7 +64,7 @@ class _LoRALinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             W = ctx.base.dense_weight(dy.dtype) if weight is None else weight
             dx = product(dy, W).addmm_(du, A.to(dy.dtype)).view(x.shape)
-        dB = (u.T @ dy).T  # on a CPU faster than dy.T @ u, by a third where dy is wide
+        dB = (u.T @ dy).T  # dy.T @ u, which torch multiplies more slowly on a CPU
         return dx, du.T @ _rows(x), dB, None, None, None  # autograd casts them to the dtype of A and B
 
 

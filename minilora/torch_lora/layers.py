@@ -337,8 +337,12 @@ def bypass(
 
 
 def is_frozen_product(base: Any) -> bool:
-    """Whether a base computes x Wᵀ + bias and no more: nothing in it trains, no hook sees or changes its result."""
+    """Whether a base computes x Wᵀ + bias and no more: nothing in it trains, no hook sees or changes its result.
+
+    An instance with a `forward` of its own is not plain: accelerate puts one there, to bring the weight in.
+    """
     plain = type(base) is nn.Linear or is_conv1d(base) or isinstance(base, StoresNoFloats)
+    plain = plain and "forward" not in vars(base)
     hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
     return plain and not any(hooks) and not any(p.requires_grad for p in base.parameters())
 

@@ -10,19 +10,26 @@ from itertools import product
 
 from minilora.llm.architectures import Architecture
 from minilora.llm.size_report import MARGIN
-from minilora.llm.sizes import Setup, training_bytes
+from minilora.llm.sizes import Setup, base_params, training_bytes, weight_bytes
 
 MOST_WAYS = 3  # that are told
 GIB = 2**30
 
 
 def bytes_needed(arch: Architecture, setup: Setup) -> int:
-    """Bytes to have free for a run: the sum of training_bytes, and a tenth for what is an estimate in it."""
-    return int(MARGIN * training_bytes(arch, setup).total)
+    """Bytes to have free for a run: those of a step, or of loading where these are more (a short QLoRA run).
+
+    To the sum of training_bytes comes a tenth for what is an estimate in it. While a model turns into 4 bits, the
+    weights that it was loaded with are still there.
+    """
+    loading = base_params(arch) * setup.width_bytes
+    if setup.method == "qlora":
+        loading += weight_bytes(arch, "qlora", setup.dtype)
+    return max(int(MARGIN * training_bytes(arch, setup).total), loading)
 
 
-def check_fits(arch: Architecture, setup: Setup, free_bytes: int) -> None:
-    """Refuse a run that needs more memory than is free.
+def check_fits(arch: Architecture, setup: Setup, free_bytes: int, longest: str = "a sample") -> None:
+    """Refuse a run that needs more memory than is free; `longest` is what the error calls the longest sample.
 
     Raises:
         MemoryError: with what it needs, what is free, and the changes that would make it fit, fewest changes first.
@@ -37,10 +44,10 @@ def check_fits(arch: Architecture, setup: Setup, free_bytes: int) -> None:
     ][:MOST_WAYS]
     head = f"this run needs {needed / GIB:.2f} GiB and {free_bytes / GIB:.2f} are free"
     if not fitting:
-        least = min(bytes_needed(arch, other) for _, other in smaller(setup))
+        least = min([needed, *(bytes_needed(arch, other) for _, other in smaller(setup))])
         raise MemoryError(
-            f"{head}; with every option that saves memory it is {least / GIB:.2f}: "
-            "choose a smaller model or shorter samples, or close other programs"
+            f"{head}; with every option that saves memory it is {least / GIB:.2f}: choose a smaller model, "
+            f"shorten the samples (the longest, {longest}, has {setup.seq:,} tokens), or close other programs"
         )
     ways = "\n".join(f"  {' '.join(options):<50}{taken / GIB:>6.2f} GiB" for options, taken in fitting)
     raise MemoryError(f"{head}; what would fit:\n{ways}")

@@ -17,6 +17,7 @@ from minilora.llm.tokenizer import Tokenizer
 from minilora.train.data import Sample, mask_prompt
 
 MOST_PROBLEMS = 5  # that are told
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ROLES = ("system", "user", "assistant")
 
 
@@ -28,20 +29,22 @@ def read_samples(path: Path, tokenizer: Tokenizer) -> list[Sample]:
     """
     if tokenizer.eos is None:
         raise ValueError("this tokenizer has no token that ends an answer: give it an eos_token")
+    tokenizer.encode_chat([{"role": "user", "content": "A trial: has the model a chat template?"}])
     samples, problems = [], []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    *before, answer = messages_of(json.loads(line))
-                    prompt, written = tokenizer.encode_chat(before), tokenizer.encode(answer["content"])
-                    samples.append(mask_prompt(prompt, written, tokenizer.eos, name=f"line {number}"))
-                except ValueError as error:  # JSONDecodeError is one
-                    problems.append(f"  line {number}: {error}")
+    for number, line in enumerate(path.read_bytes().removeprefix(BYTE_ORDER_MARK).splitlines(), start=1):
+        if line.strip():
+            try:
+                *before, answer = messages_of(json.loads(line))
+                prompt, written = tokenizer.encode_chat(before), tokenizer.encode(answer["content"])
+                samples.append(mask_prompt(prompt, written, tokenizer.eos, name=f"line {number}"))
+            except UnicodeDecodeError:  # a ValueError too
+                problems.append(f"line {number} is not UTF-8: save the file as UTF-8")
+            except (ValueError, RecursionError) as error:
+                problems.append(f"line {number}: {error}".replace(f"line {number}: line {number} ", f"line {number} "))
     if problems:
         more = len(problems) - MOST_PROBLEMS
-        told = problems[:MOST_PROBLEMS] + ([f"  and {more} more"] if more > 0 else [])
-        raise ValueError("\n".join([f"{path} has lines that cannot be learnt from:", *told]))
+        told = problems[:MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+        raise ValueError("\n  ".join([f"{path} has lines that cannot be learnt from:", *told]))
     if not samples:
         raise ValueError(f"{path} holds no sample: give it a line like " + '{"prompt": "…", "completion": "…"}')
     return samples
@@ -57,8 +60,13 @@ def messages_of(row: Any) -> list[dict[str, str]]:
         raise ValueError(f"it is a {type(row).__name__}, not an object")
     if "messages" in row:
         messages = row["messages"]
-        if not isinstance(messages, list) or not all(is_message(message) for message in messages):
-            raise ValueError(f"messages are objects with a role ({', '.join(ROLES)}) and a text as content")
+        if not isinstance(messages, list):
+            raise ValueError(f"its messages are a {type(messages).__name__}, not a list")
+        for place, message in enumerate(messages, start=1):
+            if not is_message(message):
+                raise ValueError(
+                    f"message {place} is {str(message)[:60]}: give it a role ({', '.join(ROLES)}) and a text as content"
+                )
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise ValueError("the last message has to be the assistant's, after at least one other")
         return messages

@@ -75,7 +75,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             dlogits = hidden[chunk] @ weight.T  # the logits, as yet
-            loss += to_gradient_(dlogits, targets[chunk])
+            loss += cross_entropy_(dlogits, targets[chunk], to_gradient=wants_hidden or wants_weight)
             if dhidden is not None:
                 dhidden[chunk] = dlogits @ weight
             if dweight is not None:
@@ -95,19 +95,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grads[0], grads[1], None, None, None
 
 
-def to_gradient_(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"]) -> Float[Tensor, ""]:
-    """Give the sum of the rows' cross-entropies, and let `logits` become its gradient, p − one-hot(target), in place.
+def cross_entropy_(
+    logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"], *, to_gradient: bool
+) -> Float[Tensor, ""]:
+    """Give the sum of the rows' cross-entropies; if wanted, turn `logits` into its gradient, p − one-hot(target).
 
-    ROWS_AT_ONCE rows at a time are made float32 or wider, so that these stay in a core's cache: over the whole chunk
-    the same passes take twice as long, for memory that is new each time.
+    On a CPU ROWS_AT_ONCE rows at a time are made float32 or wider, so that these stay in a core's cache: over the whole
+    chunk the same passes take twice as long, for memory that is new each time.
     """
+    rows_at_once = ROWS_AT_ONCE if logits.device.type == "cpu" else max(1, len(logits))
     wide = _wide(logits.dtype)
     loss = torch.zeros((), dtype=wide, device=logits.device)
-    for rows, target in zip(logits.split(ROWS_AT_ONCE), targets[:, None].split(ROWS_AT_ONCE), strict=True):
+    for rows, target in zip(logits.split(rows_at_once), targets[:, None].split(rows_at_once), strict=True):
         log_p = F.log_softmax(rows, dim=1, dtype=wide)
         at_target = log_p.gather(1, target)
         loss -= at_target.sum()
-        rows.copy_(log_p.exp_().scatter_(1, target, at_target.exp() - 1))
+        if to_gradient:
+            rows.copy_(log_p.exp_().scatter_(1, target, at_target.expm1()))
     return loss
 
 

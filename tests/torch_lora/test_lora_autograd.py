@@ -213,3 +213,13 @@ def test_gradients_of_gradients_are_refused():
 
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+def test_a_base_with_a_forward_of_its_own_is_called():
+    """accelerate's offloading replaces an instance's forward, to bring the weight in."""
+    layer = adapted(LoRALinear, nn.Linear(6, 5), torch.float64)
+    plain_forward, calls = layer.base.forward, []
+    layer.base.forward = lambda x: calls.append(1) or plain_forward(x)
+    layer(torch.randn(2, 6, dtype=torch.float64))
+
+    assert calls == [1]

@@ -52,8 +52,12 @@ def test_earlier_answers_are_context(tmp_path, tokenizer):
         ([1], "it is a list, not an object"),
         ({"text": "a"}, "needs messages, or a prompt and a completion that are texts; its keys are text"),
         ({"prompt": "a", "completion": 3}, "that are texts"),
-        ({"messages": "a"}, "messages are objects with a role"),
-        ({"messages": [{"role": "tool", "content": "a"}] * 2}, "messages are objects with a role"),
+        ({"messages": "a"}, "its messages are a str, not a list"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}] * 2},
+            "message 1 is .*'tool'.*give it a role .system, user, ass",
+        ),
+        ({"messages": [{"role": "user", "content": "a"}, 3]}, "message 2 is 3: give it a role"),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "the last message has to be the assistant's"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "after at least one other"),
     ],
@@ -70,9 +74,31 @@ def test_bad_lines_are_told_by_number(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="lines that cannot be learnt from") as error:
         read_samples(path, tokenizer)
     lines = str(error.value).splitlines()
-    assert [line.split(":")[0].strip() for line in lines[1:-1]] == ["line 2", "line 4", "line 5", "line 6", "line 7"]
-    assert "empty answer" in lines[2]
+    assert [" ".join(line.split()[:2]).strip(":") for line in lines[1:-1]] == [f"line {n}" for n in (2, 4, 5, 6, 7)]
+    assert lines[2].startswith("  line 4 has an empty answer")
     assert lines[-1] == "  and 6 more"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "é", "completion": "b"}'.encode("latin-1"), "line 1 is not UTF-8: save the file as UTF-8"),
+        (b"[" * 100_000, "line 1: maximum recursion depth"),
+    ],
+)
+def test_bytes_that_are_no_text_and_depths_without_end_are_told_by_line(line, message, tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(line)
+
+    with pytest.raises(ValueError, match=message):
+        read_samples(path, tokenizer)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path, tokenizer):
+    path = written(tmp_path, {"prompt": "a", "completion": "b"})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+    assert len(read_samples(path, tokenizer)) == 1
 
 
 def test_a_file_without_samples_is_refused(tmp_path, tokenizer):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.torch_lora import LoRALinear
 from minilora.train.data import IGNORED, collate, mask_prompt
-from minilora.train.loss import chunked_cross_entropy, loss_of
+from minilora.train.loss import ROWS_AT_ONCE, chunked_cross_entropy, loss_of
 
 
 class TinyModel(nn.Module):
@@ -25,14 +25,19 @@ class Shapes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seen, self.operations = [], []
+        self.seen, self.operations, self.dtypes = [], [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             self.seen.append(tuple(result.shape))
             self.operations.append(function.overloadpacket.__name__)
+            self.dtypes.append(result.dtype)
         return result
+
+    def rows_and_dtypes(self, columns):
+        tensors = zip(self.seen, self.dtypes, strict=True)
+        return [(shape[0], dtype) for shape, dtype in tensors if len(shape) == 2 and shape[1] == columns]
 
 
 @pytest.fixture
@@ -52,12 +57,13 @@ def value_and_gradients(function, hidden, weight, targets, *rest):
     return loss.detach(), hidden.grad, weight.grad
 
 
+@pytest.mark.parametrize("chunk_tokens", [7, 20])
 @pytest.mark.parametrize("n", [1, 6, 7, 8, 21])
-def test_chunks_give_the_whole(n):
+def test_chunks_give_the_whole(n, chunk_tokens):
     torch.manual_seed(0)
     hidden, weight = torch.randn(n, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
     targets = torch.randint(0, 11, (n,))
-    ours = value_and_gradients(chunked_cross_entropy, hidden, weight, targets, 7)
+    ours = value_and_gradients(chunked_cross_entropy, hidden, weight, targets, chunk_tokens)
 
     for mine, theirs in zip(ours, value_and_gradients(plain, hidden, weight, targets), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
@@ -88,6 +94,14 @@ def test_no_tensor_is_tokens_by_vocabulary():
     assert (40, 300) in plain_shapes.seen
 
 
+def test_few_rows_are_widened_at_a_time():
+    hidden, weight = torch.randn(40, 8, requires_grad=True, dtype=torch.bfloat16), torch.randn(300, 8).bfloat16()
+    with Shapes() as shapes:
+        chunked_cross_entropy(hidden, weight, torch.zeros(40, dtype=torch.long), 16).backward()
+
+    assert max(rows for rows, dtype in shapes.rows_and_dtypes(300) if dtype == torch.float32) == ROWS_AT_ONCE
+
+
 def test_a_frozen_head_gets_no_gradient_and_none_is_formed():
     hidden, weight = torch.randn(40, 8, requires_grad=True), torch.randn(300, 8)
     with Shapes() as shapes:
@@ -103,6 +117,7 @@ def test_without_gradients_the_loss_alone_is_formed():
 
     assert not loss.requires_grad
     assert shapes.operations.count("mm") == 1
+    assert "exp_" not in shapes.operations
 
 
 def test_the_loss_is_the_one_over_all_positions_with_the_mask(batch):
