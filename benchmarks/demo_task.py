@@ -161,7 +161,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--state-bits", type=int, default=32, choices=[8, 32], help="of our optimizer")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--side", choices=["ours", "trainer"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ours", "trainer"], help="run this side alone; print its numbers as JSON")
     return parser.parse_args()
 
 
