@@ -19,9 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-QUERIES_AT_ONCE = (
-    128  # in the backward of attention: their scores, with 9 heads and 1,024 keys, take 2.4 MB in bfloat16
-)
+QUERIES_AT_ONCE = 128  # in attention's backward: their scores, of 9 heads and 1,024 keys, take 2.4 MB in bfloat16
 
 
 class Again:
@@ -29,8 +27,8 @@ class Again:
 
     `again()` makes it from what the function keeps for its own backward; a LoRA layer over it then keeps nothing of
     that size (torch_lora/autograd). Several layers over one result share what the first of them made, until the
-    function's own backward calls `drop`. When it is made, torch
-    checks that nothing it is made from was changed in place.
+    function's own backward calls `drop`. When it is made, torch checks that nothing it is made from was changed in
+    place.
     """
 
     def __init__(self, ctx: Any, make: Callable[..., Tensor]) -> None:

@@ -37,20 +37,17 @@ def check_fits(arch: Architecture, setup: Setup, free_bytes: int, longest: str =
     needed = bytes_needed(arch, setup)
     if needed <= free_bytes:
         return
-    fitting = [
-        (options, bytes_needed(arch, other))
-        for options, other in sorted(smaller(setup), key=lambda way: len(way[0]))
-        if bytes_needed(arch, other) <= free_bytes
-    ][:MOST_WAYS]
+    ways = sorted(((options, bytes_needed(arch, other)) for options, other in smaller(setup)), key=lambda w: len(w[0]))
+    fitting = [(options, taken) for options, taken in ways if taken <= free_bytes][:MOST_WAYS]
     head = f"this run needs {needed / GIB:.2f} GiB and {free_bytes / GIB:.2f} are free"
     if not fitting:
-        least = min([needed, *(bytes_needed(arch, other) for _, other in smaller(setup))])
+        least = min([needed, *(taken for _, taken in ways)])
         raise MemoryError(
             f"{head}; with every option that saves memory it is {least / GIB:.2f}: choose a smaller model, "
             f"shorten the samples (the longest, {longest}, has {setup.seq:,} tokens), or close other programs"
         )
-    ways = "\n".join(f"  {' '.join(options):<50}{taken / GIB:>6.2f} GiB" for options, taken in fitting)
-    raise MemoryError(f"{head}; what would fit:\n{ways}")
+    lines = [f"  {' '.join(options):<50}{taken / GIB:>6.2f} GiB" for options, taken in fitting]
+    raise MemoryError("\n".join([f"{head}; what would fit:", *lines]))
 
 
 def smaller(setup: Setup) -> Iterator[tuple[list[str], Setup]]:
