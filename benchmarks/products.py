@@ -1,9 +1,9 @@
-"""16-bit products with a frozen weight, whole and with the rows in two halves, as torch_lora/products chooses.
+"""16-bit products with a frozen weight, whole and with the rows in two halves, as cpu/products chooses.
 
     python benchmarks/products.py
 
 Prints TFLOP/s (the median of several) for shapes of SmolLM2-135M and of models up to Llama-3.2-1B's width. A star marks
-the way that is taken. Where the star stands at the slower column by far, the sizes in torch_lora/products want another
+the way that is taken. Where the star stands at the slower column by far, the sizes in cpu/products want another
 look: they are what one version of oneDNN does on one kind of machine.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minilora.torch_lora.products import is_one_piece
+from minilora.cpu.products import is_one_piece
 
 SHAPES = [(1536, 576), (576, 576), (576, 1536), (576, 192), (896, 896), (960, 2560), (2560, 960), (2048, 2048)]
 ROWS = [256, 512, 700, 1024, 2048]

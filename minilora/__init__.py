@@ -5,6 +5,7 @@
     qlora        LAYER 3   the same over a frozen 4-bit weight   a GPU if there is one, the same results if not
     llm                    the language model that is fine-tuned; knows nothing of LoRA
     train                  data, the loop, evaluation
+    cpu                    products that a CPU does faster than torch; knows nothing of LoRA
     classroom              what only the lessons need: plots, sliders, exercises
 
 Read in this order: numpy_lora/forward, numpy_lora/nf4, torch_lora/layers, torch_lora/inject,

@@ -69,7 +69,7 @@ def choose(
 ) -> Int[Tensor, "rows"]:
     """One token a row: the most probable, or drawn from the most probable ones."""
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return logits.max(dim=-1).indices  # argmax, which in bfloat16 takes four times as long on a CPU
     below_best = logits.float() - logits.amax(dim=-1, keepdim=True).float()  # so no temperature gives +inf
     probabilities = (below_best / temperature).softmax(dim=-1)
     if top_p < 1:

@@ -7,10 +7,10 @@
     heads, kv_heads   query heads; key/value heads      head_dim    width of one head
     total             tokens read before plus those of this call
 
-Every module has the name it has in a Hugging Face checkpoint and every projection is a plain `nn.Linear` that is only
-ever called, so any of them can be replaced by another module under the same name. `generation.py` makes tokens from
-logits, `load.py` brings weights. Where gradients flow on a CPU, four operations run as their twins in `autograd.py`
-(SwiGLU on any device): the same numbers in fewer passes.
+Every module has the name it has in a Hugging Face checkpoint and every projection is an `nn.Linear` (cpu/linear's) that
+is only ever called, so any of them can be replaced by another module under the same name. `generation.py` makes tokens
+from logits, `load.py` brings weights. Where gradients flow on a CPU, four operations run as their twins in
+`autograd.py` (SwiGLU on any device): the same numbers in fewer passes.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from minilora.cpu import Linear
 from minilora.llm import autograd
 from minilora.llm.checkpointing import recomputed
 from minilora.llm.config import ModelConfig
@@ -159,10 +160,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         q_features, kv_features = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_features, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_features, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_features, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_features, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_features, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_features, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_features, bias=config.qkv_bias)
+        self.o_proj = Linear(q_features, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -184,8 +185,11 @@ class Attention(nn.Module):
             k, v = cache.extend(self.layer, k, v)  # (batch, kv_heads, total, head_dim)
         if mask is None and cache is None and trains_on_cpu(q) and q.element_size() <= MOST_BYTES_A_NUMBER:
             return self.o_proj(autograd.causal_attention(q, k, v).transpose(1, 2).flatten(2))
-        is_causal = mask is None and q.shape[2] > 1  # a single new token may look at everything
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
+        if q.shape[2] == 1:  # a single new token may look at everything: heads that share keys are as rows of one
+            rows = q.reshape(len(q), k.shape[1], -1, self.head_dim)  # (batch, kv_heads, heads / kv_heads, head_dim)
+            y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+            return self.o_proj(y.reshape(len(y), 1, -1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Float[Tensor, "batch seq features"]) -> Float[Tensor, "batch heads seq head_dim"]:
@@ -202,9 +206,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n hidden"]:
         gate, up = self.gate_proj(x), self.up_proj(x)
@@ -288,7 +292,7 @@ class Decoder(nn.Module):
         self.config = config
         self.origin = origin
         self.model = Transformer(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_head()
 
     @property

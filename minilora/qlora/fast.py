@@ -9,10 +9,10 @@ other  the reference
 import torch
 from torch import Tensor
 
+from minilora.cpu.products import product
 from minilora.qlora import blockwise
 from minilora.qlora.blockwise import Quantized
 from minilora.qlora.codebooks import NF4, Codebook
-from minilora.torch_lora.products import product
 
 MOST_ROWS_IN_4_BITS = 16  # the table in matmul_gpu: counted at its worst, still faster than the other at its best
 
@@ -45,6 +45,11 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
 
 def linear(x: Tensor, quantized: Quantized, bias: Tensor | None = None) -> Tensor:
     """Multiply by a weight in 4 bits: x Wᵀ + bias. No gradients: NF4Linear gives them."""
+    if x.device.type == "cpu":
+        from minilora.qlora import matmul_cpu
+
+        if matmul_cpu.fits(x, quantized):
+            return matmul_cpu.linear(x, quantized, bias)
     if multiplies_in_4_bits(x):
         from minilora.qlora import matmul_gpu
 

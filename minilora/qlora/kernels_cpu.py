@@ -20,15 +20,15 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from minilora.cpu.few_rows import to_bfloat16
+from minilora.cpu.jobs import compiled, compiles_for
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE, SMALLEST_UNIT
 from minilora.qlora import blockwise
 from minilora.qlora.blockwise import (
@@ -150,15 +150,7 @@ def _bits(flat: Tensor) -> np.ndarray:
     return flat.view(torch.uint32 if flat.dtype == torch.float32 else torch.uint16).numpy()
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile at first use, to run without Python's lock; keep the result where a folder for it can be written."""
-    try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # neither this file's folder nor the user's cache can be written
-        return numba.njit(nogil=True, error_model="numpy")(function)
-
-
-@_compiled
+@compiled
 def _quantize_blocks(bits, packed, absmax, thresholds, order, smallest_unit, block_size, first, last):
     """Quantize blocks first … last − 1. Return whether their weights are finite; stop where one is not."""
     weights = np.empty(block_size, np.float32)
@@ -188,7 +180,7 @@ def _quantize_blocks(bits, packed, absmax, thresholds, order, smallest_unit, blo
     return True
 
 
-@_compiled
+@compiled
 def _dequantize_float32(packed, absmax, bits, pairs, block_size, first, last):
     """Dequantize blocks first … last − 1 into float32."""
     weights, weight_pairs = bits.view(np.float32), bits[: bits.size // 2 * 2].view(np.uint64)
@@ -203,7 +195,7 @@ def _dequantize_float32(packed, absmax, bits, pairs, block_size, first, last):
             block_weights[i] *= absmax[block]
 
 
-@_compiled
+@compiled
 def _dequantize_16_bits(packed, absmax, bits, values, is_bfloat16, block_size, first, last):
     """Dequantize blocks first … last − 1 into bfloat16 or float16."""
     tables = np.empty((TABLES_AT_A_TIME, 16), np.uint16)
@@ -212,21 +204,12 @@ def _dequantize_16_bits(packed, absmax, bits, values, is_bfloat16, block_size, f
         for block in range(count):
             for code in range(len(values)):  # not 16: a loop that LLVM unrolls does not become vector instructions
                 weight = np.float32(values[code] * absmax[start + block])
-                tables[block, code] = _bfloat16(weight) if is_bfloat16 else _float16(weight)
+                tables[block, code] = to_bfloat16(weight) if is_bfloat16 else _float16(weight)
         for block in range(count):
             _look_up(packed, (start + block) * block_size, block_size, tables, block, bits)  # type: ignore[call-arg]
 
 
-@_compiled
-def _bfloat16(number):
-    """Round a float32 to the nearest bfloat16, halfway to the even one; give its bits."""
-    if number != number:  # from a damaged absmax
-        return np.uint32(0x7FC0)
-    word = np.float32(number).view(np.uint32)
-    return np.uint32(word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-
-
-@_compiled
+@compiled
 def _float16(number):
     """Round a float32 to the nearest float16, halfway to the even one; give its bits."""
     word = np.float32(number).view(np.uint32)
@@ -243,7 +226,7 @@ def _float16(number):
     return sign | np.uint32(rebased + np.uint32(0xFFF) + odd) >> np.uint32(13)
 
 
-@_compiled
+@compiled
 def _double_dequantize(codes, absmax, offset, values, units):
     """Turn 8-bit units back into float32 ones."""
     for nested in range(len(absmax)):
@@ -300,8 +283,7 @@ def _look_up_instruction() -> str | None:
     """Numba may compile for less than this machine has (NUMBA_CPU_NAME): LLVM then aborts on what is not there."""
     name = INSTRUCTIONS.get(platform.machine())
     on_x86 = name is not None and ".x86." in name
-    has_it = not os.environ.get("NUMBA_CPU_NAME") and get_host_cpu_features().get("ssse3", False)
-    return None if on_x86 and not has_it else name
+    return None if on_x86 and not compiles_for("ssse3") else name
 
 
 def _look_16_up(builder: Any, table: Any, codes: Any) -> Any:

@@ -10,6 +10,8 @@
 Read before this file: torch_lora/layers, blockwise.
 """
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,11 +65,23 @@ class NF4Linear(nn.Module):
         self.register_buffer("absmax_bits", units.view(torch.int32))
         self.register_buffer("absmax_codes", nested.codes if nested else None)
         self.register_buffer("offset_bits", nested.offset.view(torch.int32) if nested else None)
+        self._seen: tuple[Tensor | None, ...] = (None,)  # the buffers that `quantized` was last made of
+        self._quantized: Quantized | None = None
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     @property
     def quantized(self) -> Quantized:
         """The weight as it is stored; no copy is made."""
+        buffers = tuple(self._buffers.values())  # others than last time after .to() or load_state_dict(assign=True)
+        if self._quantized is None or not all(map(operator.is_, buffers, self._seen)):
+            self._seen, self._quantized = buffers, self._as_stored()
+        return self._quantized
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
+        self._seen, self._quantized = (None,), None  # or these would keep what .to() and .cuda() replace
+        return super()._apply(fn, recurse)
+
+    def _as_stored(self) -> Quantized:
         units = self.absmax_bits.view(torch.float32)
         absmax: Tensor | NestedAbsmax = units
         if self.absmax_codes is not None and self.offset_bits is not None:
@@ -93,7 +107,10 @@ class NF4Linear(nn.Module):
         return fast.dequantize(self.quantized, dtype)
 
     def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
-        return _FrozenProduct.apply(x, self)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _FrozenProduct.apply(x, self)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return fast.linear(x, self.quantized, bias)
 
     def extra_repr(self) -> str:
         bits = self.quantized.bits_per_weight

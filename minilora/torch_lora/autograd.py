@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.torch_lora.products import product
+from minilora.cpu.products import linear, product
 
 
 def lora_linear(
@@ -45,7 +45,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Any, weight: Tensor | None) -> Tensor:
         u = scaling * (_rows(x) @ A.to(x.dtype).T)
-        y = base(x).contiguous() if weight is None else product(x, weight.T, base.bias)
+        y = base(x).contiguous() if weight is None else linear(x, weight, base.bias)
         y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T)
         ctx.x_again = getattr(x.grad_fn, "again", None)
         ctx.save_for_backward(None if ctx.x_again else x, u, A, B, weight)

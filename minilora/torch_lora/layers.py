@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from minilora.cpu import Linear
 from minilora.torch_lora.autograd import lora_linear
 from minilora.torch_lora.config import LoRAConfig
 
@@ -341,7 +342,7 @@ def is_frozen_product(base: Any) -> bool:
 
     An instance with a `forward` of its own is not plain: accelerate puts one there, to bring the weight in.
     """
-    plain = type(base) is nn.Linear or is_conv1d(base) or isinstance(base, StoresNoFloats)
+    plain = type(base) in (nn.Linear, Linear) or is_conv1d(base) or isinstance(base, StoresNoFloats)
     plain = plain and "forward" not in vars(base)
     hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
     return plain and not any(hooks) and not any(p.requires_grad for p in base.parameters())

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minilora.cpu import Linear
 from minilora.llm.sizes import LOSS_CHUNK_TOKENS
 from minilora.train.data import IGNORED, Batch
 
@@ -40,7 +41,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     labelled = targets != IGNORED
     hidden = model.get_submodule("model")(batch.tokens.to(device))[:, :-1]  # (batch, seq - 1, hidden)
     hidden, targets, head = hidden[labelled], targets[labelled], model.get_submodule("lm_head")
-    if type(head) is nn.Linear and head.bias is None:
+    if type(head) in (nn.Linear, Linear) and head.bias is None:
         return chunked_cross_entropy(hidden, head.weight, targets)
     logits = head(hidden)  # the head has an adapter, or a bias
     return F.cross_entropy(logits.to(_wide(logits.dtype)), targets)

@@ -260,19 +260,6 @@ def test_a_forked_child_can_call_after_its_parent_did():
     assert run(program, PYTHONWARNINGS="ignore") == "0"
 
 
-def test_where_no_folder_can_be_written_kernels_are_compiled_all_the_same(monkeypatch):
-    njit = numba.njit
-
-    def unwritable(*, cache: bool = False, **options: object) -> object:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(**options)
-
-    monkeypatch.setattr(numba, "njit", unwritable)
-
-    assert kernels_cpu._compiled(lambda x: x + 1)(1) == 2
-
-
 GENERIC = """
 import torch
 from minilora.qlora import blockwise, kernels_cpu

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from minilora.cpu.products import product
 from minilora.qlora import NF4Linear
-from minilora.torch_lora.products import product
 
 
 @pytest.mark.parametrize("shape", [(1024, 8), (513, 8), (3, 200, 8), (1, 1, 8), (0, 8), (8,)])

@@ -1,0 +1,214 @@
+"""Products of a few rows with a frozen weight, as fast as memory gives the weight.
+
+    x    (rows, in), up to 8 rows        W    (out, in)        y    (rows, out)        all bfloat16
+
+    y = x Wᵀ
+
+Text is generated one token a row at a time, and each reads every weight of the model: two operations a weight and row,
+which a core does many times faster than memory brings it. So the floor is the bytes of W over the bandwidth, and
+what a core has to do is to ask early: each weight is fetched 4 KiB before it is used. On two virtual cores that read
+16 GB/s, torch.mm reads weights of SmolLM2-135M at 5 to 6 and this kernel at 15 (8 rows: 10).
+
+Sums are float32, sixteen side by side and then their sum: the same bits for any number of threads, and for a row alone
+or among others.
+"""
+
+import itertools
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from jaxtyping import Float
+from llvmlite import ir
+from numba.core import cgutils, types
+from torch import Tensor
+
+from minilora.cpu.jobs import address, compiled, in_llvm, run, take, worker
+from minilora.cpu.products import FEATURES_AT_ONCE
+
+OUTPUTS_AT_ONCE = 2  # with 8 rows their sums take 16 of a core's 32 vector registers
+OUTPUTS_A_PIECE = 32  # what a thread takes
+AHEAD = 4096  # bytes
+
+FLOAT, WORD, BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(8)
+LANES = 16
+FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
+Weights = Callable[[Any, Any], list[Any]]
+JOB = np.dtype([(name, np.int64) for name in ("taken", "x", "W", "bias", "y", "n_rows", "out_features", "in_features")])
+
+
+def linear(
+    x: Float[Tensor, "*n in"], W: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None
+) -> Float[Tensor, "*n out"]:
+    """Compute x Wᵀ + bias, all bfloat16, for rows that products.are_few. No gradients flow."""
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], len(W))
+    bias = bias if bias is None else bias.contiguous()
+    n_rows = x.numel() // x.shape[-1]
+    pointers = (x.data_ptr(), W.data_ptr(), bias_at(bias, y), y.data_ptr())
+    run(_product(padded(n_rows)), 0, *pointers, n_rows, *W.shape)
+    return y
+
+
+def bias_at(bias: Tensor | None, y: Tensor) -> int:
+    """The address of a bias for y, which lies in one piece, or 0 for none.
+
+    Raises:
+        ValueError: if it is not one number of y's dtype for each feature of y.
+    """
+    if bias is None:
+        return 0
+    if bias.shape != y.shape[-1:] or bias.dtype != y.dtype or not bias.is_cpu:
+        raise ValueError(f"a bias for {y.shape[-1]} features of {y.dtype} is {tuple(bias.shape)}, {bias.dtype}")
+    return bias.data_ptr()
+
+
+@cache
+def _product(n_sums: int) -> Any:
+    def work(jobs):
+        job = numba.carray(jobs, 1)[0]
+        x = numba.carray(address(job.x), (job.n_rows, job.in_features), np.uint16)
+        W = numba.carray(address(job.W), (job.out_features, job.in_features), np.uint16)
+        y = numba.carray(address(job.y), (job.n_rows, job.out_features), np.uint16)
+        bias = numba.carray(address(job.bias), job.out_features if job.bias else 0, np.uint16)
+        rows, sums = widened(x, n_sums), np.empty(LANES, np.float32)
+        while True:
+            first = take(jobs, OUTPUTS_A_PIECE)
+            if first >= job.out_features:
+                return
+            for place in range(first, min(first + OUTPUTS_A_PIECE, job.out_features), OUTPUTS_AT_ONCE):
+                output = min(place, job.out_features - OUTPUTS_AT_ONCE)
+                _multiply(n_sums, rows, W, output, sums)
+                narrowed(sums, bias, y, output)
+
+    return worker(work, JOB)
+
+
+def padded(n_rows: int) -> int:
+    """The number of sums of the kernel for so many rows: 1, 2, 4 or 8. Rows that are not there are zeros."""
+    return 1 << (n_rows - 1).bit_length()
+
+
+@compiled
+def from_bfloat16(word):
+    """Give the float32 of which a bfloat16's bits are the upper half."""
+    return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
+
+
+@compiled
+def to_bfloat16(number):
+    """Round a float32 to the nearest bfloat16, halfway to the even one; give its bits."""
+    if number != number:
+        return np.uint32(0x7FC0)
+    word = np.float32(number).view(np.uint32)
+    return np.uint32(word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+
+
+@compiled
+def widened(x, n_sums):
+    """Give rows as float32, as many as a kernel takes (zeros where x has none), in the order of the kernels.
+
+    Of every 32 features the first of each pair stand before the second ones, as two vectors.
+    """
+    memory = np.zeros((n_sums + 1) * x.shape[1], np.float32)
+    unaligned = memory.ctypes.data % 64 // 4  # a vector over two lines of memory takes two loads: 1.5 times as long
+    rows = memory[LANES - unaligned :][: n_sums * x.shape[1]].reshape(n_sums, x.shape[1])
+    for row in range(x.shape[0]):
+        for start in range(0, x.shape[1], FEATURES_AT_ONCE):
+            given, ordered = x[row, start : start + FEATURES_AT_ONCE], rows[row, start : start + FEATURES_AT_ONCE]
+            if x.itemsize == 2:  # a bfloat16 is the upper half of a float32
+                pairs, words = given.view(np.uint32), ordered.view(np.uint32)
+                for place in range(LANES):
+                    words[place] = pairs[place] << np.uint32(16)
+                    words[place + LANES] = pairs[place] & np.uint32(0xFFFF0000)
+            else:
+                for place in range(FEATURES_AT_ONCE):
+                    ordered[place] = given[place % LANES * 2 + place // LANES]
+    return rows
+
+
+@compiled
+def narrowed(sums, bias, y, output):
+    """Round sums, with a bias if there is one, into their places in y."""
+    for row in range(y.shape[0]):
+        for k in range(OUTPUTS_AT_ONCE):
+            number = sums[OUTPUTS_AT_ONCE * row + k]
+            if y.itemsize == 2:
+                y[row, output + k] = to_bfloat16(number + from_bfloat16(bias[output + k]) if len(bias) else number)
+            else:
+                y[row, output + k] = number + bias[output + k] if len(bias) else number
+
+
+@in_llvm(prefer_literal=True)
+def _multiply(typing_context, n_rows, x, W, output, sums):
+    """sums[2 row + k] = x[row] · W[output + k], k = 0 and 1; words of 16 bits in W are bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x_array, W_array, sums_array = (
+            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (1, 2, 4)
+        )
+        in_features = cgutils.unpack_tuple(builder, W_array.shape)[1]
+
+        def weights(output: Any, feature: Any) -> list[Any]:
+            at = builder.gep(W_array.data, [builder.add(builder.mul(output, in_features), feature)])
+            prefetch(builder, at)
+            pairs = load(builder, builder.bitcast(at, WORD.as_pointer()))
+            firsts, seconds = builder.shl(pairs, WORDS([16] * LANES)), builder.and_(pairs, WORDS([0xFFFF0000] * LANES))
+            return [builder.bitcast(firsts, FLOATS), builder.bitcast(seconds, FLOATS)]
+
+        products(builder, n_rows.literal_value, x_array, arguments[3], sums_array, weights)
+        return context.get_dummy_value()
+
+    return types.void(n_rows, x, W, output, sums), generate
+
+
+def products(builder: Any, n_rows: int, x: Any, first: Any, results: Any, weights: Weights) -> None:
+    """Write the loop over the features in LLVM's words: Numba has none for a prefetch, nor for sums kept in registers.
+
+    `weights(output, feature)` writes what gives 32 weights of one output, as two vectors of floats.
+    """
+    in_features = cgutils.unpack_tuple(builder, x.shape)[1]
+    number = in_features.type
+    outputs = [builder.add(first, number(k)) for k in range(OUTPUTS_AT_ONCE)]
+    sums = [[cgutils.alloca_once_value(builder, FLOATS([0.0] * LANES)) for _ in outputs] for _ in range(n_rows)]
+    multiply_add = instruction(builder, f"llvm.fma.v{LANES}f32", FLOATS, [FLOATS] * 3)
+    with cgutils.for_range(builder, builder.udiv(in_features, number(FEATURES_AT_ONCE))) as loop:
+        feature = builder.mul(loop.index, number(FEATURES_AT_ONCE))
+        W = [weights(output, feature) for output in outputs]
+        for row in range(n_rows):
+            place = builder.add(builder.mul(number(row), in_features), feature)
+            for half in range(2):
+                values = load(builder, builder.gep(x.data, [builder.add(place, number(LANES * half))]))
+                for k, total in enumerate(sums[row]):
+                    builder.store(builder.call(multiply_add, [W[k][half], values, builder.load(total)]), total)
+    totals = [builder.load(total) for total in itertools.chain(*sums)]
+    while len(totals) > 1:
+        totals = [add_neighbours(builder, *pair) for pair in zip(totals[::2], totals[1::2], strict=True)]
+    for _ in range(LANES.bit_length() - (n_rows * OUTPUTS_AT_ONCE).bit_length()):
+        totals = [add_neighbours(builder, totals[0], totals[0])]
+    builder.store(totals[0], builder.bitcast(results.data, FLOATS.as_pointer()), align=4)
+
+
+def add_neighbours(builder: Any, one: Any, other: Any) -> Any:
+    """Add the floats of two vectors in pairs: eight sums of the one, then eight of the other."""
+    evens, odds = (builder.shuffle_vector(one, other, WORDS(list(range(start, 2 * LANES, 2)))) for start in (0, 1))
+    return builder.fadd(evens, odds)
+
+
+def load(builder: Any, at: Any) -> Any:
+    """Load sixteen numbers."""
+    return builder.load(builder.bitcast(at, ir.VectorType(at.type.pointee, LANES).as_pointer()), align=1)
+
+
+def prefetch(builder: Any, at: Any) -> None:
+    """Ask for the line of memory that is AHEAD bytes behind an address, to be read, into all caches."""
+    bytes_at = BYTE.as_pointer()
+    ask = instruction(builder, "llvm.prefetch.p0", ir.VoidType(), [bytes_at, WORD, WORD, WORD])
+    ahead = builder.gep(builder.bitcast(at, bytes_at), [ir.IntType(64)(AHEAD)])
+    builder.call(ask, [ahead, WORD(0), WORD(3), WORD(1)])
+
+
+def instruction(builder: Any, name: str, gives: Any, takes: list[Any]) -> Any:
+    """Name one of LLVM's own functions, that builder.call may call it."""
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(gives, takes), name)

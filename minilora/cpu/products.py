@@ -1,0 +1,63 @@
+"""A product with a frozen weight, where torch would leave a CPU's cores or its memory idle.
+
+Few rows    Text is generated a token at a time, and each reads every weight: few_rows does it as fast as memory can.
+
+Halves      oneDNN multiplies 16-bit floats for torch. It cuts a product into pieces of a size that it chooses by the
+            shape, and a core takes a piece; for some hundreds of rows and a narrow result it makes one piece. On two
+            cores, 1,536 → 576 in bfloat16, 1,024 rows go at 0.31 TFLOP/s, and twice 512 at 0.54
+            (benchmarks/products.py). Of the arithmetic of a training step of SmolLM2-135M nearly half has so narrow a
+            result.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+FEW_ROWS = 8
+LARGE = 2**16  # weights: a smaller W stays in a core's cache
+FEATURES_AT_ONCE = 32  # what few_rows' kernels multiply in one go
+ONE_PIECE_ROWS = range(513, 1281)  # seen with oneDNN 3; at other sizes two halves are the slower way
+ONE_PIECE_FEATURES = range(385, 1025)
+
+
+def linear(
+    x: Float[Tensor, "*n in"], W: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None
+) -> Float[Tensor, "*n out"]:
+    """Compute x Wᵀ + bias. Gradients need not flow: call it where autograd does not look."""
+    if x.dtype == W.dtype == torch.bfloat16 and W.is_cpu and W.is_contiguous() and are_few(x, *W.shape):
+        from minilora.cpu import few_rows
+
+        return few_rows.linear(x, W, bias)
+    return product(x, W.T, bias)
+
+
+def product(
+    x: Float[Tensor, "*n in"], W: Float[Tensor, "in out"], bias: Float[Tensor, "out"] | None = None
+) -> Float[Tensor, "*n out"]:
+    """Compute x W + bias, for a W that lies in memory either way. Gradients need not flow."""
+    rows = x.reshape(-1, x.shape[-1])
+    if not is_one_piece(rows, W):
+        return F.linear(x, W.T, bias)
+    y = x.new_empty(len(rows), W.shape[1])
+    for half, result in zip(rows.chunk(2), y.chunk(2), strict=True):
+        torch.mm(half, W, out=result) if bias is None else torch.addmm(bias, half, W, out=result)
+    return y.view(*x.shape[:-1], W.shape[1])
+
+
+def are_few(x: Tensor, out_features: int, in_features: int) -> bool:
+    """Whether rows of so many features are few, of a number that few_rows' kernels take, and the weight is large.
+
+    Under autocast or torch.compile, no: these look for torch's own products.
+    """
+    if not x.is_cpu or x.numel() > FEW_ROWS * in_features or in_features * out_features < LARGE:
+        return False
+    whole = x.shape[-1] == in_features and in_features % FEATURES_AT_ONCE == 0 and out_features > 1
+    return whole and x.numel() > 0 and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+def is_one_piece(rows: Tensor, W: Tensor) -> bool:
+    """Whether oneDNN would leave a product to one core of several. Under autocast, no: it would not see the halves."""
+    on_cores = rows.device.type == "cpu" and torch.get_num_threads() > 1 and not torch.is_autocast_enabled("cpu")
+    sixteen_bits = rows.dtype in (torch.bfloat16, torch.float16)
+    return on_cores and sixteen_bits and len(rows) in ONE_PIECE_ROWS and W.shape[1] in ONE_PIECE_FEATURES

@@ -1,0 +1,201 @@
+"""The product of a few rows is the product, with the same bits for any threads and neighbours, and reads W alone."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from minilora.cpu import Linear, few_rows, products
+
+BFLOAT16 = torch.bfloat16
+
+
+def whole_numbers(*shape: int) -> torch.Tensor:
+    """Small enough that every sum is exact, in bfloat16 and in any order."""
+    return torch.randint(-1, 2, shape).to(BFLOAT16)
+
+
+@pytest.mark.parametrize("n_rows", range(1, 9))
+@pytest.mark.parametrize(("in_features", "out_features"), [(32, 2048), (64, 1025), (224, 293), (1536, 43)])
+def test_it_is_the_product(n_rows, in_features, out_features):
+    x, W, bias = (
+        whole_numbers(n_rows, in_features),
+        whole_numbers(out_features, in_features),
+        whole_numbers(out_features),
+    )
+    y = few_rows.linear(x, W, bias)
+
+    assert y.dtype == BFLOAT16
+    assert torch.equal(y.float(), (x.float() @ W.float().T + bias.float()).to(BFLOAT16).float())
+    assert torch.equal(few_rows.linear(x, W).double(), (x.double() @ W.double().T).to(BFLOAT16).double())
+
+
+@pytest.mark.parametrize("shape", [(576,), (1, 576), (2, 1, 576), (2, 3, 576)])
+def test_sums_are_float32_and_rounded_once(shape):
+    """A sum of n float32 products is off by at most n · 2⁻²⁴ of the sum of their sizes; then bfloat16 rounds by 2⁻⁸."""
+    x, W = torch.randn(shape).to(BFLOAT16), torch.randn(192, 576).to(BFLOAT16)
+    exact, sizes = x.double() @ W.double().T, x.double().abs() @ W.double().T.abs()
+    y = few_rows.linear(x, W)
+
+    assert y.shape == exact.shape
+    assert ((y.double() - exact).abs() <= exact.abs() * 2**-8 * 1.01 + 576 * 2**-24 * sizes).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_a_nan_and_an_infinity_stay_what_they_are(bad):
+    x, W = torch.ones(2, 64, dtype=BFLOAT16), torch.ones(1024, 64, dtype=BFLOAT16)
+    x[1, 33] = bad
+    y = few_rows.linear(x, W)
+
+    torch.testing.assert_close(y, x @ W.T, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_row_has_the_same_bits_alone_among_others_and_in_any_number_of_threads():
+    x, W = torch.randn(8, 576).to(BFLOAT16), torch.randn(577, 576).to(BFLOAT16)
+    y, before = few_rows.linear(x, W), torch.get_num_threads()
+    try:
+        for n_threads in (1, 2, 5):
+            torch.set_num_threads(n_threads)
+            for n_rows in range(1, 9):
+                assert torch.equal(few_rows.linear(x[-n_rows:], W), y[-n_rows:])
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- which products it takes
+
+
+@pytest.mark.parametrize(
+    ("shape", "out_features", "taken"),
+    [
+        ((1, 576), 192, True),
+        ((8, 1, 576), 192, True),
+        ((576,), 192, True),
+        ((9, 576), 192, False),
+        ((0, 576), 192, False),
+        ((1, 592), 192, False),  # not a multiple of 32
+        ((1, 576), 64, False),  # small enough for a core's cache
+        ((1, 2**17), 1, False),
+    ],
+)
+def test_it_takes_few_rows_of_a_large_weight(shape, out_features, taken, monkeypatch):
+    seen = []
+    monkeypatch.setattr(few_rows, "linear", lambda x, W, bias: seen.append(1))
+    x, W = torch.ones(shape, dtype=BFLOAT16), torch.ones(out_features, shape[-1], dtype=BFLOAT16)
+    products.linear(x, W)
+    products.linear(x.float(), W.float())
+    if x.numel():
+        products.linear(x, W.T.contiguous().T)
+        with torch.autocast("cpu", BFLOAT16):
+            products.linear(x, W)
+
+    assert len(seen) == taken
+
+
+def test_what_does_not_fit_together_is_refused_by_torch():
+    W = torch.ones(1024, 64, dtype=BFLOAT16)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        products.linear(torch.ones(1, 128, dtype=BFLOAT16), W)
+    with pytest.raises(ValueError, match=r"a bias for 1024 features of torch.bfloat16 is \(3,\), torch.float32"):
+        products.linear(torch.ones(1, 64, dtype=BFLOAT16), W, torch.ones(3))
+
+
+def test_the_decoders_linear_layer_is_torchs_where_gradients_flow():
+    ours, theirs = Linear(64, 1024).to(BFLOAT16), nn.Linear(64, 1024).to(BFLOAT16)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 64, dtype=BFLOAT16)
+    results = [layer(x) for layer in (ours, theirs)]
+    for y in results:
+        y.sum().backward()
+
+    assert torch.equal(*results)
+    assert torch.equal(ours.weight.grad, theirs.weight.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=2**-7, atol=1e-6)  # a sum on the other side of a halfway
+    assert not ours.requires_grad_(False)(x).requires_grad
+
+
+# --- processes and processors
+
+
+def run(program: str, **environment: str) -> str:
+    """Run a program of its own, with two threads; give what it printed."""
+    begin = """
+import os, torch
+torch.set_num_threads(2)
+from minilora.cpu import few_rows
+from minilora.qlora import blockwise, matmul_cpu
+generator = torch.Generator().manual_seed(0)
+x, W = (torch.randn(n, 576, generator=generator).bfloat16() for n in (3, 193))
+quantized = blockwise.quantize(W, double=True)
+def both(): return torch.cat([few_rows.linear(x, W), matmul_cpu.linear(x, quantized)])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", begin + textwrap.dedent(program)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_four_threads_may_call_at_once():
+    program = """
+        from concurrent.futures import ThreadPoolExecutor
+        right = both()
+        with ThreadPoolExecutor(4) as pool:
+            print(all(torch.equal(y, right) for y in pool.map(lambda _: both(), range(40))))
+    """
+    assert run(program) == "True"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_forked_child_can_call_after_its_parent_did():
+    program = """
+        right = both().view(torch.int16).numpy()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if (both().view(torch.int16).numpy() == right).all() else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert run(program, PYTHONWARNINGS="ignore") == "0"
+
+
+def test_a_processor_without_these_instructions_gives_the_same_bits(tmp_path):
+    """NUMBA_CPU_NAME=generic: no vectors of 16 floats, no fused multiply-add, no table of 16 in a register."""
+    program = "print(both().view(torch.int16).tolist())"
+
+    assert run(program, NUMBA_CPU_NAME="generic", NUMBA_CACHE_DIR=str(tmp_path)) == run(program)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called as Linux has it")
+def test_not_a_byte_is_read_beyond_the_weight():
+    """W ends where a page that may not be read begins: a load beyond it would end the process."""
+    program = """
+        import ctypes, mmap
+        from dataclasses import replace
+        def at_the_end_of_what_may_be_read(tensor):
+            size = tensor.numel() * tensor.itemsize
+            pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+            memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            libc = ctypes.CDLL(None, use_errno=True)
+            assert libc.mprotect(ctypes.c_void_p(start + pages), mmap.PAGESIZE, 0) == 0
+            copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size)
+            return copy.view(tensor.shape).copy_(tensor)
+        right = both()
+        W = at_the_end_of_what_may_be_read(W)
+        units = quantized.absmax
+        parts = {name: at_the_end_of_what_may_be_read(getattr(units, name)) for name in ("codes", "absmax")}
+        packed = at_the_end_of_what_may_be_read(quantized.packed)
+        quantized = replace(quantized, packed=packed, absmax=replace(units, **parts))
+        print(torch.equal(both(), right), flush=True)
+        os._exit(0)
+    """
+    assert run(program) == "True"
