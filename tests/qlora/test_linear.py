@@ -162,3 +162,21 @@ def test_bytes_are_not_read_with_another_codebook_or_block_size():
     with pytest.raises(ValueError, match="are of fp4, block_size=64; this layer reads nf4, block_size=64"):
         NF4Linear(nn.Linear(64, 32)).load_state_dict(state)
     assert all(isinstance(value, torch.Tensor) for value in state.values())  # so that safetensors can hold it
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_its_weight_is_that_of_the_buffers_it_has_now(assign):
+    layer, other = (NF4Linear(nn.Linear(64, 32)) for _ in range(2))
+    assert not torch.equal(layer.dense_weight(torch.float32), other.dense_weight(torch.float32))
+    layer.load_state_dict(other.state_dict(), assign=assign)
+
+    assert torch.equal(layer.dense_weight(torch.float32), other.dense_weight(torch.float32))
+
+
+def test_what_to_replaces_is_let_go():
+    layer = NF4Linear(nn.Linear(64, 32))
+    layer.dense_weight(torch.float32)
+    old = weakref.ref(layer.packed)
+    layer.to("meta")
+
+    assert old() is None
