@@ -14,6 +14,8 @@ from jaxtyping import install_import_hook
 # a type checker with settings.)
 SHAPES_CHECKED = [
     "minilora.numpy_lora",
+    "minilora.cpu.linear",
+    "minilora.cpu.products",
     "minilora.torch_lora",
     "minilora.qlora.codebooks",
     "minilora.qlora.blockwise",

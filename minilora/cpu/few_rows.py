@@ -7,13 +7,14 @@
 Text is generated one token a row at a time, and each reads every weight of the model: two operations a weight and row,
 which a core does many times faster than memory brings it. So the floor is the bytes of W over the bandwidth, and
 what a core has to do is to ask early: each weight is fetched 4 KiB before it is used. On two virtual cores that read
-16 GB/s, torch.mm reads weights of SmolLM2-135M at 5 to 6 and this kernel at 15 (8 rows: 10).
+16 GB/s, torch.mm reads weights of SmolLM2-135M at 5 to 6 and this kernel at 15 (8 rows, bound by arithmetic: 10).
 
 Sums are float32, sixteen side by side and then their sum: the same bits for any number of threads, and for a row alone
 or among others.
 """
 
 import itertools
+import platform
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -25,7 +26,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from torch import Tensor
 
-from minilora.cpu.jobs import address, compiled, in_llvm, run, take, worker
+from minilora.cpu import jobs
+from minilora.cpu.jobs import address, compiled, compiles_for, digest_of, in_llvm, run, take, worker
 from minilora.cpu.products import FEATURES_AT_ONCE
 
 OUTPUTS_AT_ONCE = 2  # with 8 rows their sums take 16 of a core's 32 vector registers
@@ -42,13 +44,19 @@ JOB = np.dtype([(name, np.int64) for name in ("taken", "x", "W", "bias", "y", "n
 def linear(
     x: Float[Tensor, "*n in"], W: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None
 ) -> Float[Tensor, "*n out"]:
-    """Compute x Wᵀ + bias, all bfloat16, for rows that products.are_few. No gradients flow."""
+    """Compute x Wᵀ + bias, all bfloat16, for rows that products.are_few and a W in one piece. No gradients flow."""
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], len(W))
     bias = bias if bias is None else bias.contiguous()
     n_rows = x.numel() // x.shape[-1]
     pointers = (x.data_ptr(), W.data_ptr(), bias_at(bias, y), y.data_ptr())
-    run(_product(padded(n_rows)), 0, *pointers, n_rows, *W.shape)
+    run(_product(padded(n_rows)), len(W), *pointers, n_rows, *W.shape)
     return y
+
+
+@cache
+def is_fast() -> bool:
+    """Whether the processor multiplies and adds in one instruction; one without would call a function for each."""
+    return platform.machine() not in ("x86_64", "AMD64") or compiles_for("fma")
 
 
 def bias_at(bias: Tensor | None, y: Tensor) -> int:
@@ -66,15 +74,18 @@ def bias_at(bias: Tensor | None, y: Tensor) -> int:
 
 @cache
 def _product(n_sums: int) -> Any:
-    def work(jobs):
-        job = numba.carray(jobs, 1)[0]
+    sources = digest_of(jobs)
+
+    def work(all_jobs):
+        sources  # noqa: B018  (compiled anew when it changes)
+        job = numba.carray(all_jobs, 1)[0]
         x = numba.carray(address(job.x), (job.n_rows, job.in_features), np.uint16)
         W = numba.carray(address(job.W), (job.out_features, job.in_features), np.uint16)
         y = numba.carray(address(job.y), (job.n_rows, job.out_features), np.uint16)
         bias = numba.carray(address(job.bias), job.out_features if job.bias else 0, np.uint16)
         rows, sums = widened(x, n_sums), np.empty(LANES, np.float32)
         while True:
-            first = take(jobs, OUTPUTS_A_PIECE)
+            first = take(all_jobs, OUTPUTS_A_PIECE)
             if first >= job.out_features:
                 return
             for place in range(first, min(first + OUTPUTS_A_PIECE, job.out_features), OUTPUTS_AT_ONCE):

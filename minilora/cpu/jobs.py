@@ -6,25 +6,28 @@ calls function(data). `run` makes that call, which costs 3 µs. A kernel's data 
 first field counts what has been taken. Each thread takes the next piece until none is left, so that one which the
 system halts leaves its share to the others.
 
-Where there is no OpenMP of torch's own (macOS, say), or only one thread is wanted, the caller does all.
+Where there is no such function (macOS), in a forked child, or where only one thread is wanted, the caller does all.
 """
 
 import ctypes
+import hashlib
 import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba.core import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-PROCESS = os.getpid()  # a forked child inherits none of its parent's threads
+from minilora.cpu.products import PROCESS
+
 in_llvm: Any = intrinsic  # without types: for mypy, the typing context would be an argument of every call
 
 
@@ -46,29 +49,45 @@ def worker(function: Callable[..., Any], job: np.dtype) -> Any:
 
 
 def compiles_for(feature: str) -> bool:
-    """Whether Numba compiles for a processor with this feature: for this one, unless NUMBA_CPU_NAME names another."""
-    return not os.environ.get("NUMBA_CPU_NAME") and bool(get_host_cpu_features().get(feature, False))
+    """Whether Numba compiles for a processor with this feature: less than this one has, if its settings say so."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return f"+{feature}" in features.split(",")
 
 
-def run(worker: Any, *fields: int) -> None:
-    """Let torch's threads work off a job of these fields, and wait for it."""
-    job = (ctypes.c_int64 * len(fields))(*fields)
+def digest_of(*modules: ModuleType) -> int:
+    """A number that changes with these modules' sources.
+
+    Numba keeps what it compiled until the function's own file changes, or a number from outside that it uses: a worker
+    that takes in functions of other files uses their digest.
+    """
+    sources = b"".join(Path(module.__file__ or "").read_bytes() for module in modules)
+    return int.from_bytes(hashlib.sha256(sources).digest()[:7])
+
+
+def run(worker: Any, total: int, *fields: int) -> None:
+    """Let torch's threads work off a job of so much to take, with these fields behind what is taken, and wait for it.
+
+    Raises:
+        RuntimeError: if something is left: every thread failed, and said why on stderr.
+    """
+    job = (ctypes.c_int64 * (1 + len(fields)))(0, *fields)
     n_threads, parallel = torch.get_num_threads(), _gomp_parallel()
     if n_threads > 1 and parallel is not None and os.getpid() == PROCESS:
         parallel(worker.address, job, n_threads, 0)
     else:
         worker.ctypes(ctypes.addressof(job))
+    if job[0] < total:
+        raise RuntimeError(f"a compiled kernel stopped after {job[0]} of {total}: its error stands above")
 
 
 @cache
 def _gomp_parallel() -> Any:
-    libraries = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    if len(libraries) != 1:
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel  # of the OpenMP that torch, or who came before it, has loaded
+    except (AttributeError, OSError, TypeError):
         return None
-    function = getattr(ctypes.CDLL(str(libraries[0])), "GOMP_parallel", None)
-    if function is not None:
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        function.restype = None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
     return function
 
 

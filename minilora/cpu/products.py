@@ -1,6 +1,6 @@
 """A product with a frozen weight, where torch would leave a CPU's cores or its memory idle.
 
-Few rows    Text is generated a token at a time, and each reads every weight: few_rows does it as fast as memory can.
+Few rows    Text is generated a token at a time, and each reads every weight: few_rows does that faster.
 
 Halves      oneDNN multiplies 16-bit floats for torch. It cuts a product into pieces of a size that it chooses by the
             shape, and a core takes a piece; for some hundreds of rows and a narrow result it makes one piece. On two
@@ -9,11 +9,15 @@ Halves      oneDNN multiplies 16-bit floats for torch. It cuts a product into pi
             result.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+PROCESS = os.getpid()  # a forked child inherits none of its parent's threads
+PLAIN = (Tensor, nn.Parameter)
 FEW_ROWS = 8
 LARGE = 2**16  # weights: a smaller W stays in a core's cache
 FEATURES_AT_ONCE = 32  # what few_rows' kernels multiply in one go
@@ -25,10 +29,11 @@ def linear(
     x: Float[Tensor, "*n in"], W: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None
 ) -> Float[Tensor, "*n out"]:
     """Compute x Wᵀ + bias. Gradients need not flow: call it where autograd does not look."""
-    if x.dtype == W.dtype == torch.bfloat16 and W.is_cpu and W.is_contiguous() and are_few(x, *W.shape):
+    if x.dtype == W.dtype == torch.bfloat16 and is_in_one_piece(W) and are_few(x, *W.shape):
         from minilora.cpu import few_rows
 
-        return few_rows.linear(x, W, bias)
+        if few_rows.is_fast():
+            return few_rows.linear(x, W, bias)
     return product(x, W.T, bias)
 
 
@@ -46,18 +51,33 @@ def product(
 
 
 def are_few(x: Tensor, out_features: int, in_features: int) -> bool:
-    """Whether rows of so many features are few, of a number that few_rows' kernels take, and the weight is large.
-
-    Under autocast or torch.compile, no: these look for torch's own products.
-    """
+    """Whether rows of so many features are few, of a number that few_rows' kernels take, and the weight is large."""
     if not x.is_cpu or x.numel() > FEW_ROWS * in_features or in_features * out_features < LARGE:
         return False
     whole = x.shape[-1] == in_features and in_features % FEATURES_AT_ONCE == 0 and out_features > 1
-    return whole and x.numel() > 0 and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return whole and x.numel() > 0 and type(x) in PLAIN and not is_watched()
+
+
+def is_in_one_piece(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers lie one behind the other at its address, in the CPU's memory; a subclass's may not."""
+    return type(tensor) in PLAIN and tensor.is_cpu and tensor.is_contiguous()
+
+
+def is_watched() -> bool:
+    """Whether torch itself has to see each product, to change, record, count or differentiate it."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, jvp and their like
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def is_one_piece(rows: Tensor, W: Tensor) -> bool:
-    """Whether oneDNN would leave a product to one core of several. Under autocast, no: it would not see the halves."""
-    on_cores = rows.device.type == "cpu" and torch.get_num_threads() > 1 and not torch.is_autocast_enabled("cpu")
+    """Whether oneDNN would leave a product to one core of several."""
+    on_cores = rows.device.type == "cpu" and torch.get_num_threads() > 1
     sixteen_bits = rows.dtype in (torch.bfloat16, torch.float16)
-    return on_cores and sixteen_bits and len(rows) in ONE_PIECE_ROWS and W.shape[1] in ONE_PIECE_FEATURES
+    narrow = len(rows) in ONE_PIECE_ROWS and W.shape[1] in ONE_PIECE_FEATURES
+    return on_cores and sixteen_bits and narrow and not is_watched()

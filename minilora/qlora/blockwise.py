@@ -193,7 +193,8 @@ def check_complete(quantized: Quantized) -> None:
     if isinstance(nested, Tensor):
         found["units"] = nested.numel()
     else:
-        expected["units of units"] = -(-n_blocks // NESTED_BLOCK_SIZE)
+        expected |= {"units of units": -(-n_blocks // NESTED_BLOCK_SIZE), "offsets": 1}
         found |= {"units": nested.codes.numel(), "units of units": nested.absmax.numel()}
+        found |= {"offsets": nested.offset.numel()}
     if found != expected:
         raise ValueError(f"a weight of shape {quantized.shape} needs {expected}; this one has {found}: load it again")

@@ -1,6 +1,6 @@
 """quantize, dequantize and multiply by the fastest way for a tensor's device; blockwise has the readable twins.
 
-CPU    Numba kernels, kernels_cpu; products through floats
+CPU    Numba kernels, kernels_cpu; products of few rows in 4 bits, matmul_cpu, of many through floats
 CUDA   dequantize by Triton, kernels_gpu; quantize (once a weight) by the reference; products of few rows by Triton
        in 4 bits, matmul_gpu, of many through floats
 other  the reference
@@ -67,6 +67,6 @@ def linear_backward(dy: Tensor, quantized: Quantized) -> Tensor:
 
 
 def multiplies_in_4_bits(x: Tensor) -> bool:
-    """Decide whether a product with these rows goes without floats of the whole weight."""
+    """Decide whether a product with these rows goes without floats of the whole weight on a GPU."""
     few = x.shape[:-1].numel() <= MOST_ROWS_IN_4_BITS
     return few and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)

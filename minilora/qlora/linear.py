@@ -2,7 +2,7 @@
 
     x, y       (*n, in), (*n, out)
     W          exists in floats only while one product runs; then it is dropped, and made again for the backward.
-               Where few rows are multiplied on a GPU (text generation), it never does: fast.linear
+               Where few rows are multiplied (text generation), it never does: fast.linear
 
     forward    y  = x Wᵀ + bias          with  W = dequantize(quantized)
     backward   dx = dy W                 W is frozen: there is no dW
@@ -10,7 +10,6 @@
 Read before this file: torch_lora/layers, blockwise.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -65,20 +64,23 @@ class NF4Linear(nn.Module):
         self.register_buffer("absmax_bits", units.view(torch.int32))
         self.register_buffer("absmax_codes", nested.codes if nested else None)
         self.register_buffer("offset_bits", nested.offset.view(torch.int32) if nested else None)
-        self._seen: tuple[Tensor | None, ...] = (None,)  # the buffers that `quantized` was last made of
-        self._quantized: Quantized | None = None
+        self._made: tuple[list[tuple[int, int]], Quantized] | None = None  # where its buffers lay, and `quantized`
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     @property
     def quantized(self) -> Quantized:
         """The weight as it is stored; no copy is made."""
-        buffers = tuple(self._buffers.values())  # others than last time after .to() or load_state_dict(assign=True)
-        if self._quantized is None or not all(map(operator.is_, buffers, self._seen)):
-            self._seen, self._quantized = buffers, self._as_stored()
-        return self._quantized
+        buffers = [buffer for buffer in self._buffers.values() if buffer is not None]
+        here = [(id(buffer), buffer.data_ptr()) for buffer in buffers]  # others than last time after .to(), say
+        if self._made is None or self._made[0] != here:
+            self._made = here, self._as_stored()
+        return self._made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": None}  # a copy makes its own, of its own buffers
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
-        self._seen, self._quantized = (None,), None  # or these would keep what .to() and .cuda() replace
+        self._made = None  # or it would keep what .to() and .cuda() replace
         return super()._apply(fn, recurse)
 
     def _as_stored(self) -> Quantized:
@@ -109,7 +111,7 @@ class NF4Linear(nn.Module):
     def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
         if torch.is_grad_enabled() and x.requires_grad:
             return _FrozenProduct.apply(x, self)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = None if self.bias is None else self.bias.detach().to(x.dtype)
         return fast.linear(x, self.quantized, bias)
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from torch import Tensor
 
+from minilora.cpu import few_rows, jobs
 from minilora.cpu.few_rows import (
     FLOATS,
     LANES,
@@ -27,6 +28,7 @@ from minilora.cpu.few_rows import (
     WORDS,
     bias_at,
     instruction,
+    is_fast,
     load,
     narrowed,
     padded,
@@ -34,8 +36,8 @@ from minilora.cpu.few_rows import (
     products,
     widened,
 )
-from minilora.cpu.jobs import address, compiled, compiles_for, in_llvm, run, take, worker
-from minilora.cpu.products import are_few
+from minilora.cpu.jobs import address, compiled, compiles_for, digest_of, in_llvm, run, take, worker
+from minilora.cpu.products import are_few, is_in_one_piece
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE
 from minilora.qlora.blockwise import BLOCK_SIZES, NestedAbsmax, Quantized, check_complete
 from minilora.qlora.codebooks import dynamic_map
@@ -47,9 +49,20 @@ JOB = np.dtype([(name, np.int64) for name in ("taken", *POINTERS, *SIZES)])
 
 
 def fits(x: Tensor, quantized: Quantized) -> bool:
-    """Whether a product is one for `linear`: few rows on a CPU, and a weight of two axes in blocks of a usual size."""
+    """Whether a product is one for `linear`: few rows, a weight of two axes in blocks of a usual size, all in place."""
     usual = len(quantized.shape) == 2 and quantized.block_size in BLOCK_SIZES and x.dtype in NUMBERS
-    return usual and quantized.packed.is_cpu and are_few(x, *quantized.shape)
+    return usual and are_few(x, *quantized.shape) and lies_as_expected(quantized) and is_fast()
+
+
+def lies_as_expected(quantized: Quantized) -> bool:
+    """Whether every part is what the kernel reads at its address: these dtypes, in one piece, on the CPU."""
+    nested = quantized.absmax
+    if isinstance(nested, NestedAbsmax):
+        bytes_, floats = [quantized.packed, nested.codes], [nested.absmax, nested.offset]
+    else:
+        bytes_, floats = [quantized.packed], [nested]
+    parts = [*((part, torch.uint8) for part in bytes_), *((part, torch.float32) for part in floats)]
+    return all(part.dtype == dtype and is_in_one_piece(part) for part, dtype in parts)
 
 
 def linear(x: Float[Tensor, "*n in"], quantized: Quantized, bias: Tensor | None = None) -> Float[Tensor, "*n out"]:
@@ -81,10 +94,11 @@ def linear(x: Float[Tensor, "*n in"], quantized: Quantized, bias: Tensor | None 
 
 @cache
 def _product(n_sums: int, dtype: torch.dtype, is_nested: bool) -> Any:
-    number = NUMBERS[dtype]
+    number, sources = NUMBERS[dtype], digest_of(jobs, few_rows)
 
-    def work(jobs):
-        job = numba.carray(jobs, 1)[0]
+    def work(all_jobs):
+        sources  # noqa: B018  (compiled anew when it changes)
+        job = numba.carray(all_jobs, 1)[0]
         x = numba.carray(address(job.x), (job.n_rows, job.in_features), number)
         y = numba.carray(address(job.y), (job.n_rows, job.out_features), number)
         bias = numba.carray(address(job.bias), job.out_features if job.bias else 0, number)
@@ -93,7 +107,7 @@ def _product(n_sums: int, dtype: torch.dtype, is_nested: bool) -> Any:
         rows, sums = widened(x, n_sums), np.empty(LANES, np.float32)
         units = np.empty((OUTPUTS_AT_ONCE * job.in_features >> job.block_bits) + 2, np.float32)
         while True:
-            first = take(jobs, OUTPUTS_A_PIECE)
+            first = take(all_jobs, OUTPUTS_A_PIECE)
             if first >= job.out_features:
                 return
             for place in range(first, min(first + OUTPUTS_A_PIECE, job.out_features), OUTPUTS_AT_ONCE):

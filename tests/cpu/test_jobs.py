@@ -1,9 +1,12 @@
 """Work is shared out whole, on torch's own threads where it has some, in forks, and where no folder can be written."""
 
+from types import ModuleType
+
 import numba
 import numpy as np
 import pytest
 import torch
+from numba import types
 
 from minilora.cpu import jobs
 
@@ -22,7 +25,7 @@ def count_up(all_jobs):
             counts[place] += 1
 
 
-WORKER = jobs.worker(count_up, JOB)
+WORKER = numba.cfunc(types.void(types.CPointer(numba.from_dtype(JOB))))(count_up)  # kept nowhere: jobs may change
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def two_threads():
 @pytest.mark.parametrize("count", [0, 1, 3, 100_000])
 def test_every_piece_is_taken_once(count, two_threads):
     counts = torch.zeros(count, dtype=torch.int64)
-    jobs.run(WORKER, 0, counts.data_ptr(), count)
+    jobs.run(WORKER, count, counts.data_ptr(), count)
 
     assert torch.equal(counts, torch.ones(count, dtype=torch.int64))
 
@@ -57,8 +60,9 @@ def test_the_caller_does_all_where_there_are_no_threads(why, two_threads, monkey
         monkeypatch.setattr(jobs, "_gomp_parallel", lambda: None)
     else:
         monkeypatch.setattr(jobs, "PROCESS", -1)
+        monkeypatch.setattr(jobs, "_gomp_parallel", lambda: lambda *_: pytest.fail("threads that are not there"))
     counts = torch.zeros(10, dtype=torch.int64)
-    jobs.run(WORKER, 0, counts.data_ptr(), 10)
+    jobs.run(WORKER, 10, counts.data_ptr(), 10)
 
     assert counts.tolist() == [1] * 10
 
@@ -77,7 +81,24 @@ def test_where_no_folder_can_be_written_kernels_are_compiled_all_the_same(monkey
     monkeypatch.setattr(numba, "njit", unwritable(njit))
     monkeypatch.setattr(numba, "cfunc", unwritable(cfunc))
     counts = torch.zeros(2, dtype=torch.int64)
-    jobs.run(jobs.worker(count_up, JOB), 0, counts.data_ptr(), 2)
+    jobs.run(jobs.worker(count_up, JOB), 2, counts.data_ptr(), 2)
 
     assert jobs.compiled(lambda x: x + 1)(1) == 2
     assert counts.tolist() == [1, 1]
+
+
+def test_what_a_worker_left_undone_is_an_error():
+    with pytest.raises(RuntimeError, match="a compiled kernel stopped after 3 of 4: its error stands above"):
+        jobs.run(WORKER, 4, 0, 0)
+
+
+def test_a_digest_changes_with_any_source(tmp_path):
+    one, other = ModuleType("one"), ModuleType("other")
+    for module in (one, other):
+        module.__file__ = str(tmp_path / f"{module.__name__}.py")
+        (tmp_path / f"{module.__name__}.py").write_text("x = 1")
+    before = jobs.digest_of(one, other)
+    assert jobs.digest_of(one, other) == before
+    (tmp_path / "other.py").write_text("x = 2")
+
+    assert jobs.digest_of(one, other) != before

@@ -1,7 +1,9 @@
 """The 4-bit layer: no full-precision weight survives the forward, gradients pass through, casts do not round units."""
 
+import copy
 import gc
 import math
+import pickle
 import weakref
 
 import pytest
@@ -180,3 +182,19 @@ def test_what_to_replaces_is_let_go():
     layer.to("meta")
 
     assert old() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_reads_its_own_buffers(copied):
+    layer, other = (NF4Linear(nn.Linear(64, 32), double=False) for _ in range(2))
+    layer.dense_weight(torch.float32)
+    copy_of_it = copied(layer)
+    copy_of_it.load_state_dict(other.state_dict())
+
+    assert torch.equal(copy_of_it.dense_weight(torch.float32), other.dense_weight(torch.float32))
+
+
+def test_its_bias_is_frozen_whatever_is_asked():
+    layer = NF4Linear(nn.Linear(64, 32)).requires_grad_(True)
+
+    assert not layer(torch.randn(2, 64)).requires_grad
