@@ -81,14 +81,8 @@ def linear(x: Float[Tensor, "*n in"], quantized: Quantized, bias: Tensor | None 
         units = (nested, nested, nested, nested)  # the last three are not read
     tensors = (x, quantized.packed, quantized.codebook.table(x.device), *units)
     pointers = (*(tensor.data_ptr() for tensor in tensors), bias_at(bias, y), y.data_ptr())
-    run(
-        _product(padded(n_rows), x.dtype, isinstance(nested, NestedAbsmax)),
-        0,
-        *pointers,
-        n_rows,
-        *quantized.shape,
-        quantized.block_size.bit_length() - 1,
-    )
+    sizes = (n_rows, *quantized.shape, quantized.block_size.bit_length() - 1)
+    run(_product(padded(n_rows), x.dtype, isinstance(nested, NestedAbsmax)), quantized.shape[0], *pointers, *sizes)
     return y
 
 

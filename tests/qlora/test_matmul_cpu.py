@@ -104,3 +104,12 @@ def test_a_part_that_lies_elsewhere_or_in_other_numbers_is_left_to_the_reference
     torch.testing.assert_close(fast.linear(x, strided), x @ blockwise.dequantize(quantized).T)
     object.__setattr__(strided, "absmax", quantized.absmax.half())  # the tests' check of shapes would refuse it earlier
     assert not matmul_cpu.fits(x, strided)
+
+
+def test_the_whole_result_is_asked_for(monkeypatch):
+    """What run is told to expect is what it holds the workers to."""
+    asked = []
+    monkeypatch.setattr(matmul_cpu, "run", lambda worker, total, *fields: asked.append(total))
+    matmul_cpu.linear(torch.ones(1, 96), blockwise.quantize(torch.randn(1000, 96)))
+
+    assert asked == [1000]
