@@ -1,6 +1,10 @@
 """One setting for all tests: shapes are checked at every call, randomness repeats, and nothing is fetched."""
 
 import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -37,3 +41,21 @@ install_import_hook(SHAPES_CHECKED, "beartype.beartype(conf=beartype.BeartypeCon
 @pytest.fixture(autouse=True)
 def _repeatable_randomness() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_program() -> Callable[..., str]:
+    """Run Python in a process of its own, where it may fork, or set what is read at import; give what it printed."""
+
+    def run(*parts: str, **environment: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-c", "\n".join(map(textwrap.dedent, parts))],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    return run

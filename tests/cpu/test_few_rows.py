@@ -1,9 +1,7 @@
 """The product of a few rows is the product, with the same bits for any threads and neighbours, and reads W alone."""
 
 import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -167,9 +165,7 @@ def test_where_torch_has_to_see_the_product_it_does(watcher, monkeypatch):
 # --- processes and processors
 
 
-def run(program: str, **environment: str) -> str:
-    """Run a program of its own, with two threads; give what it printed."""
-    begin = """
+BOTH = """
 import os, torch
 torch.set_num_threads(2)
 from minilora.qlora import blockwise
@@ -181,29 +177,20 @@ def both():
     from minilora.qlora import matmul_cpu
     return torch.cat([few_rows.linear(x, W), matmul_cpu.linear(x, quantized)])
 """
-    result = subprocess.run(
-        [sys.executable, "-c", begin + textwrap.dedent(program)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
 
 
-def test_four_threads_may_call_at_once():
+def test_four_threads_may_call_at_once(run_program):
     program = """
         from concurrent.futures import ThreadPoolExecutor
         right = both()
         with ThreadPoolExecutor(4) as pool:
             print(all(torch.equal(y, right) for y in pool.map(lambda _: both(), range(40))))
     """
-    assert run(program) == "True"
+    assert run_program(BOTH, program) == "True"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
-def test_a_forked_child_can_call_after_its_parent_did():
+def test_a_forked_child_can_call_after_its_parent_did(run_program):
     program = """
         right = both().view(torch.int16).numpy()
         child = os.fork()
@@ -211,11 +198,11 @@ def test_a_forked_child_can_call_after_its_parent_did():
             os._exit(0 if (both().view(torch.int16).numpy() == right).all() else 1)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
-    assert run(program, PYTHONWARNINGS="ignore") == "0"
+    assert run_program(BOTH, program, PYTHONWARNINGS="ignore") == "0"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
-def test_a_forked_child_can_be_the_first_to_call():
+def test_a_forked_child_can_be_the_first_to_call(run_program):
     program = """
         torch.ones(2000, 2000) @ torch.ones(2000, 2000)  # torch's threads are there now
         child = os.fork()
@@ -224,19 +211,19 @@ def test_a_forked_child_can_be_the_first_to_call():
             os._exit(0)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
-    assert run(program, PYTHONWARNINGS="ignore") == "0"
+    assert run_program(BOTH, program, PYTHONWARNINGS="ignore") == "0"
 
 
 @pytest.mark.parametrize("settings", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_ENABLE_AVX": "0"}])
-def test_a_processor_without_these_instructions_gives_the_same_bits(settings, tmp_path):
+def test_a_processor_without_these_instructions_gives_the_same_bits(settings, tmp_path, run_program):
     """No vectors of 16 floats, no table of 16 in a register; generic: no fused multiply-add either."""
     program = "print(both().view(torch.int16).tolist())"
 
-    assert run(program, **settings, NUMBA_CACHE_DIR=str(tmp_path)) == run(program)
+    assert run_program(BOTH, program, **settings, NUMBA_CACHE_DIR=str(tmp_path)) == run_program(BOTH, program)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called as Linux has it")
-def test_not_a_byte_is_read_beyond_the_weight():
+def test_not_a_byte_is_read_beyond_the_weight(run_program):
     """W ends where a page that may not be read begins: a load beyond it would end the process."""
     program = """
         import ctypes, mmap
@@ -259,4 +246,4 @@ def test_not_a_byte_is_read_beyond_the_weight():
         print(torch.equal(both(), right), flush=True)
         os._exit(0)
     """
-    assert run(program) == "True"
+    assert run_program(BOTH, program) == "True"

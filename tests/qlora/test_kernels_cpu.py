@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 
 import llvmlite.binding as llvm
@@ -218,21 +217,10 @@ def test_a_weight_with_a_part_too_short_is_refused_before_a_kernel_reads_beyond_
 # --- threads, forks, and folders that cannot be written
 
 
-def run(program: str, **environment: str) -> str:
-    """Run a program of its own; give what it printed."""
-    begin = "import torch; from minilora.qlora import blockwise, kernels_cpu\n"
-    result = subprocess.run(
-        [sys.executable, "-c", begin + textwrap.dedent(program)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+IMPORTS = "import torch; from minilora.qlora import blockwise, kernels_cpu"
 
 
-def test_four_threads_may_call_at_once():
+def test_four_threads_may_call_at_once(run_program):
     program = """
         from concurrent.futures import ThreadPoolExecutor
         torch.set_num_threads(2)
@@ -242,11 +230,11 @@ def test_four_threads_may_call_at_once():
             results = pool.map(lambda _: kernels_cpu.dequantize(kernels_cpu.quantize(w), torch.bfloat16), range(12))
             print(all(torch.equal(result, right) for result in results))
     """
-    assert run(program, NUMBA_THREADING_LAYER="workqueue") == "True"
+    assert run_program(IMPORTS, program, NUMBA_THREADING_LAYER="workqueue") == "True"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
-def test_a_forked_child_can_call_after_its_parent_did():
+def test_a_forked_child_can_call_after_its_parent_did(run_program):
     program = """
         import os
         torch.set_num_threads(2)
@@ -257,7 +245,7 @@ def test_a_forked_child_can_call_after_its_parent_did():
             os._exit(0 if (kernels_cpu.dequantize(quantized).numpy() == before).all() else 1)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
-    assert run(program, PYTHONWARNINGS="ignore") == "0"
+    assert run_program(IMPORTS, program, PYTHONWARNINGS="ignore") == "0"
 
 
 GENERIC = """
