@@ -2,9 +2,12 @@
 
 Few rows    Text is generated a token at a time, and each reads every weight: few_rows does that faster.
 
-Halves      oneDNN multiplies 16-bit floats for torch. It cuts a product into pieces of a size that it chooses by the
-            shape, and a core takes a piece; for some hundreds of rows and a narrow result it makes one piece. On two
-            cores, 1,536 → 576 in bfloat16, 1,024 rows go at 0.31 TFLOP/s, and twice 512 at 0.54
+Many rows   In training, what LoRA adds to a product is a second one into the same result. On processors with AMX tiles
+            makes both as one, and in most shapes faster than oneDNN makes the first alone.
+
+Halves      Elsewhere oneDNN multiplies 16-bit floats for torch. It cuts a product into pieces of a size that it chooses
+            by the shape, and a core takes a piece; for some hundreds of rows and a narrow result it makes one piece.
+            On two cores, 1,536 → 576 in bfloat16, 1,024 rows go at 0.31 TFLOP/s, and twice 512 at 0.54
             (benchmarks/products.py). Of the arithmetic of a training step of SmolLM2-135M nearly half has so narrow a
             result.
 """
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 PROCESS = os.getpid()  # a forked child inherits none of its parent's threads
 PLAIN = (Tensor, nn.Parameter)
 FEW_ROWS = 8
+MANY_ROWS = 256  # with fewer, what tiles packs takes longer than it saves
 LARGE = 2**16  # weights: a smaller W stays in a core's cache
 FEATURES_AT_ONCE = 32  # what few_rows' kernels multiply in one go
 ONE_PIECE_ROWS = range(513, 1281)  # seen with oneDNN 3; at other sizes two halves are the slower way
@@ -26,28 +30,45 @@ ONE_PIECE_FEATURES = range(385, 1025)
 
 
 def linear(
-    x: Float[Tensor, "*n in"], W: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None
+    x: Float[Tensor, "*n in"],
+    W: Float[Tensor, "out in"],
+    bias: Float[Tensor, "out"] | None = None,
+    plus: tuple[Float[Tensor, "rows r"], Float[Tensor, "r out"]] | None = None,
 ) -> Float[Tensor, "*n out"]:
-    """Compute x Wᵀ + bias. Gradients need not flow: call it where autograd does not look."""
+    """Compute x Wᵀ + bias + u B, plus being (u, B). Gradients need not flow: call it where autograd does not look."""
     if x.dtype == W.dtype == torch.bfloat16 and is_in_one_piece(W) and are_few(x, *W.shape):
         from minilora.cpu import few_rows
 
         if few_rows.is_fast():
-            return few_rows.linear(x, W, bias)
-    return product(x, W.T, bias)
+            return _added(few_rows.linear(x, W, bias), plus)
+    return product(x, W.T, bias, plus)
 
 
 def product(
-    x: Float[Tensor, "*n in"], W: Float[Tensor, "in out"], bias: Float[Tensor, "out"] | None = None
+    x: Float[Tensor, "*n in"],
+    W: Float[Tensor, "in out"],
+    bias: Float[Tensor, "out"] | None = None,
+    plus: tuple[Float[Tensor, "rows r"], Float[Tensor, "r out"]] | None = None,
 ) -> Float[Tensor, "*n out"]:
-    """Compute x W + bias, for a W that lies in memory either way. Gradients need not flow."""
+    """Compute x W + bias + u B, plus being (u, B), for a W that lies in memory either way. Gradients need not flow."""
     rows = x.reshape(-1, x.shape[-1])
+    if are_many(rows, W):
+        from minilora.cpu import tiles
+
+        if tiles.suit(rows, W):
+            return tiles.product(rows, W, bias, plus).view(*x.shape[:-1], W.shape[1])
     if not is_one_piece(rows, W):
-        return F.linear(x, W.T, bias)
+        return _added(F.linear(x, W.T, bias), plus)
     y = x.new_empty(len(rows), W.shape[1])
     for half, result in zip(rows.chunk(2), y.chunk(2), strict=True):
         torch.mm(half, W, out=result) if bias is None else torch.addmm(bias, half, W, out=result)
-    return y.view(*x.shape[:-1], W.shape[1])
+    return _added(y.view(*x.shape[:-1], W.shape[1]), plus)
+
+
+def _added(y: Tensor, plus: tuple[Tensor, Tensor] | None) -> Tensor:
+    if plus is not None:
+        y.view(-1, y.shape[-1]).addmm_(*plus)
+    return y
 
 
 def are_few(x: Tensor, out_features: int, in_features: int) -> bool:
@@ -56,6 +77,14 @@ def are_few(x: Tensor, out_features: int, in_features: int) -> bool:
         return False
     whole = x.shape[-1] == in_features and in_features % FEATURES_AT_ONCE == 0 and out_features > 1
     return whole and x.numel() > 0 and type(x) in PLAIN and not is_watched()
+
+
+def are_many(rows: Tensor, W: Tensor) -> bool:
+    """Whether a product may be one of tiles: bfloat16, of many rows, with a W that lies in memory either way."""
+    bfloat16 = rows.dtype == W.dtype == torch.bfloat16
+    if not bfloat16 or len(rows) < MANY_ROWS or rows.shape[1] != len(W) or type(rows) not in PLAIN:
+        return False
+    return rows.is_cpu and (is_in_one_piece(W) or is_in_one_piece(W.T)) and not is_watched()
 
 
 def is_in_one_piece(tensor: Tensor) -> bool:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.cpu.products import linear, product
+from minilora.cpu.products import FEW_ROWS, linear, product
 
 
 def lora_linear(
@@ -45,8 +45,13 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Any, weight: Tensor | None) -> Tensor:
         u = scaling * (_rows(x) @ A.to(x.dtype).T)
-        y = base(x).contiguous() if weight is None else linear(x, weight, base.bias)
-        y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T)
+        if weight is None and not is_cheaper_by_floats(u):
+            y = base(x).contiguous()
+            y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T)
+        else:
+            W = base.dense_weight(x.dtype) if weight is None else weight
+            bias = None if base.bias is None else base.bias.to(x.dtype)
+            y = linear(x, W, bias, (u, B.to(x.dtype).T))
         ctx.x_again = getattr(x.grad_fn, "again", None)
         ctx.save_for_backward(None if ctx.x_again else x, u, A, B, weight)
         ctx.scaling, ctx.base = scaling, base
@@ -63,9 +68,14 @@ class _LoRALinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             W = ctx.base.dense_weight(dy.dtype) if weight is None else weight
-            dx = product(dy, W).addmm_(du, A.to(dy.dtype)).view(x.shape)
+            dx = product(dy, W, None, (du, A.to(dy.dtype))).view(x.shape)
         dB = (u.T @ dy).T  # dy.T @ u, which torch multiplies more slowly on a CPU
         return dx, du.T @ _rows(x), dB, None, None, None  # autograd casts them to the dtype of A and B
+
+
+def is_cheaper_by_floats(rows: Tensor) -> bool:
+    """Whether a base that stores no floats would make them for so many rows; then the update needs no second pass."""
+    return rows.is_cpu and len(rows) > FEW_ROWS
 
 
 def _rows(x: Tensor) -> Tensor:

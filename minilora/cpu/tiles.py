@@ -1,0 +1,212 @@
+"""Products of many rows with a frozen weight on AMX, as a training step makes them.
+
+    x    (rows, in)        W    (in, out), or its transpose in memory        bias    (out,)
+    u    (rows, r)         B    (r, out), likewise                           y       (rows, out)        all bfloat16
+
+    y = x W + bias + u B
+
+What LoRA adds costs a step of 32 features: u's stand behind those of x, and B's behind those of W, as the bias does
+beside a one. So they are summed with the rest, in float32, and y is rounded once and written once.
+
+A thread takes 96 outputs. It packs their W into tiles, once for all rows; then the sums of 32 rows × 32 outputs at a
+time are made in registers, over all features. x is read from where it lies. Each sum is made by one thread, in one
+order: the same bits for any number of threads.
+
+Read before this file: cpu/amx.
+"""
+
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minilora.cpu import amx, few_rows, jobs
+from minilora.cpu.amx import (
+    BLOCK,
+    CONFIG,
+    SIDE,
+    add_products,
+    configure,
+    expect,
+    narrow_block,
+    release,
+    store_sums,
+    tile_of_columns,
+    tile_of_rows,
+    zero_sums,
+)
+from minilora.cpu.few_rows import bias_at, to_bfloat16
+from minilora.cpu.jobs import address, compiled, digest_of, run, take, worker
+
+PANELS_AT_ONCE = 3  # of 32 outputs, that a thread takes
+MOST_FEATURES = 4096  # whose packed weights, 800 KB, stay in a core's second cache
+ONE = np.uint16(0x3F80)
+
+FIELDS = "taken", "x", "W", "bias", "u", "B", "y", "n_rows", "in_features", "out_features", "r", "B_is_by_output"
+JOB = np.dtype([(name, np.int64) for name in FIELDS])
+
+
+def product(
+    x: Float[Tensor, "rows in"],
+    W: Float[Tensor, "in out"],
+    bias: Float[Tensor, "out"] | None = None,
+    plus: tuple[Float[Tensor, "rows r"], Float[Tensor, "r out"]] | None = None,
+) -> Float[Tensor, "rows out"]:
+    """Compute x W + bias + u B, plus being (u, B), all bfloat16, for a W that lies in one piece, transposed or not.
+
+    No gradients flow.
+
+    Raises:
+        ValueError: for fewer than 32 rows, or another dtype.
+        RuntimeError: where there is no AMX.
+    """
+    u, B = (x[:, :0], W[:0]) if plus is None else plus
+    if len(x) < BLOCK or any(t.dtype != torch.bfloat16 or not t.is_cpu for t in (x, W, u, B)):
+        raise ValueError(
+            f"tiles multiply {BLOCK} rows or more, all of torch.bfloat16 on a CPU: {x.dtype}, {len(x)} rows"
+        )
+    if not amx.is_there():
+        raise RuntimeError("this processor has no AMX for bfloat16, or the system or Numba's settings forbid it")
+    in_features, out_features = W.shape
+    x, u, bias = x.contiguous(), u.contiguous(), None if bias is None else bias.contiguous()
+    B = B if B.mT.is_contiguous() else B.contiguous()
+    y = x.new_empty(len(x), out_features)
+    pointers = x.data_ptr(), W.data_ptr(), bias_at(bias, y), u.data_ptr(), B.data_ptr(), y.data_ptr()
+    kernel, sizes = _product(not W.is_contiguous()), (len(x), in_features, out_features)
+    run(kernel, out_features, *pointers, *sizes, len(B), not B.is_contiguous())
+    return y
+
+
+def suit(rows: Float[Tensor, "rows in"], W: Float[Tensor, "in out"]) -> bool:
+    """Whether many rows of these features are multiplied faster this way than torch's, on this machine."""
+    in_features, out_features = W.shape
+    return BLOCK <= in_features <= MOST_FEATURES and out_features >= 2 * PANELS_AT_ONCE * BLOCK and amx.is_there()
+
+
+@cache
+def _product(is_by_output: bool) -> Any:
+    """Make the kernel for a W whose transpose lies in one piece, as a layer's weight does, or for one that does so."""
+    sources = digest_of(amx, jobs, few_rows)
+
+    def work(all_jobs):
+        sources  # noqa: B018  (compiled anew when it changes)
+        job = numba.carray(all_jobs, 1)[0]
+        x = numba.carray(address(job.x), (job.n_rows, job.in_features), np.uint16)
+        u = numba.carray(address(job.u), (job.n_rows, job.r), np.uint16)
+        y = numba.carray(address(job.y), (job.n_rows, job.out_features), np.uint16)
+        W_shape = (job.out_features, job.in_features) if is_by_output else (job.in_features, job.out_features)
+        B_shape = (job.out_features, job.r) if job.B_is_by_output else (job.r, job.out_features)
+        W, B = numba.carray(address(job.W), W_shape, np.uint16), numba.carray(address(job.B), B_shape, np.uint16)
+        bias = numba.carray(address(job.bias), job.out_features if job.bias else 0, np.uint16)
+
+        n_steps, n_left = divmod(job.in_features, BLOCK)
+        n_more = -(-(n_left + (job.bias != 0) + job.r) // BLOCK)  # steps: the features left, the bias, and u's
+        tiles = lines(PANELS_AT_ONCE * (n_steps + n_more) * BLOCK).view(np.uint16)
+        tiles = tiles.reshape(PANELS_AT_ONCE, n_steps + n_more, 2, SIDE, BLOCK)
+        more = lines(n_more * BLOCK).view(np.uint16).reshape(BLOCK, n_more * BLOCK)
+        sums = lines(2 * BLOCK).view(np.float32).reshape(BLOCK, BLOCK)
+        more[:] = 0
+        configure(CONFIG)
+        while True:
+            first = take(all_jobs, PANELS_AT_ONCE * BLOCK)
+            if first >= job.out_features:
+                break
+            n_panels = min(PANELS_AT_ONCE, -(-(job.out_features - first) // BLOCK))
+            pack(W, is_by_output, first, tiles[:n_panels, :n_steps])
+            pack_more(W, is_by_output, n_left, bias, B, job.B_is_by_output, first, tiles[:n_panels, n_steps:])
+            for place in range(0, job.n_rows, BLOCK):
+                row = min(place, job.n_rows - BLOCK)  # the last block may make some rows once more
+                gather_more(x, n_left, len(bias), u, row, more)
+                for panel in range(n_panels):
+                    output = first + panel * BLOCK
+                    expect(y, row, output)
+                    zero_sums()
+                    add_products(x, row, tiles[panel, :n_steps])
+                    add_products(more, 0, tiles[panel, n_steps:])
+                    store_sums(sums)
+                    narrow(sums, y, row, output)
+        release()
+
+    return worker(work, JOB)
+
+
+@compiled
+def lines(count):
+    """Memory for so many lines of 16 numbers of 32 bits, each a line of the cache."""
+    memory = np.empty((count + 1) * SIDE, np.uint32)
+    return memory[SIDE - memory.ctypes.data % 64 // 4 :][: count * SIDE]
+
+
+@compiled
+def pack(W, is_by_output, first, tiles):
+    """Lay W's whole steps, for outputs from `first` on, as tiles[panel, step, half]; for what is not there, zeros."""
+    n_panels, n_steps = tiles.shape[0], tiles.shape[1]
+    n_outputs = (W.shape[0] if is_by_output else W.shape[1]) - first
+    n_halves = min(2 * n_panels, n_outputs // SIDE)
+    if is_by_output:  # in the order in which W lies in memory
+        for half in range(n_halves):
+            for step in range(n_steps):
+                tile_of_columns(W, first + half * SIDE, step * BLOCK, tiles[half // 2, step, half % 2])
+    else:
+        for step in range(n_steps):
+            for half in range(n_halves):
+                tile_of_rows(W, step * BLOCK, first + half * SIDE, tiles[half // 2, step, half % 2])
+    for half in range(n_halves, 2 * n_panels):
+        tiles[half // 2, :, half % 2] = 0
+        for n in range(half * SIDE, n_outputs):
+            for k in range(n_steps * BLOCK):
+                put(tiles, k, n, W[first + n, k] if is_by_output else W[k, first + n])
+
+
+@compiled
+def pack_more(W, is_by_output, n_left, bias, B, B_is_by_output, first, tiles):
+    """Lay what follows on the whole steps: W's features that are left, the bias, and B."""
+    out_features, in_features = W.shape if is_by_output else (W.shape[1], W.shape[0])
+    r = B.shape[1] if B_is_by_output else B.shape[0]
+    tiles[:] = 0
+    for n in range(min(tiles.shape[0] * BLOCK, out_features - first)):
+        output, place = first + n, 0
+        for feature in range(in_features - n_left, in_features):
+            put(tiles, place, n, W[output, feature] if is_by_output else W[feature, output])
+            place += 1
+        if len(bias):
+            put(tiles, place, n, bias[output])
+            place += 1
+        for k in range(r):
+            put(tiles, place + k, n, B[output, k] if B_is_by_output else B[k, output])
+
+
+@compiled
+def put(tiles, k, n, number):
+    """Put feature k of output n into its place in tiles[panel, step, half, pair, output of the half]."""
+    tiles[n // BLOCK, k // BLOCK, n % BLOCK // SIDE, k % BLOCK // 2, 2 * (n % SIDE) + k % 2] = number
+
+
+@compiled
+def gather_more(x, n_left, has_bias, u, row, more):
+    """Put side by side, for 32 rows, what the tiles of pack_more are multiplied with."""
+    for i in range(BLOCK):
+        place = 0
+        for feature in range(x.shape[1] - n_left, x.shape[1]):
+            more[i, place] = x[row + i, feature]
+            place += 1
+        if has_bias:
+            more[i, place] = ONE
+            place += 1
+        for k in range(u.shape[1]):
+            more[i, place + k] = u[row + i, k]
+
+
+@compiled
+def narrow(sums, y, row, output):
+    """Round a block's sums into their places in y, which may end within the block."""
+    if output + BLOCK <= y.shape[1]:
+        narrow_block(sums, y, row, output)
+        return
+    for i in range(BLOCK):
+        for n in range(y.shape[1] - output):
+            y[row + i, output + n] = to_bfloat16(sums[i, n])
