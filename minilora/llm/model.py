@@ -27,6 +27,7 @@ from minilora.cpu import Linear
 from minilora.llm import autograd
 from minilora.llm.checkpointing import recomputed
 from minilora.llm.config import ModelConfig
+from minilora.llm.prefix import apart, together
 
 MOST_BYTES_A_NUMBER = 2  # wider than bfloat16, torch's own backward of attention is the faster: benchmarks/attention.py
 Rotation = tuple[Float[Tensor, "rows seq head_dim"], Float[Tensor, "rows seq head_dim"]]  # as rotation_of gives it
@@ -167,30 +168,47 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch seq hidden"],
+        x: Float[Tensor, "lines tokens hidden"],
         rotation: Rotation,
         mask: Bool[Tensor, "batch 1 seq total"] | None,
         cache: KVCache | None,
-    ) -> Float[Tensor, "batch seq hidden"]:
+        alike: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "lines tokens hidden"]:
         """Mix, for every token, the values of the tokens it looks at.
 
             o_proj(softmax(q kᵀ / √head_dim) v), with q and k turned to their positions
 
         `mask` is True where a token (row) may look at another (column); None means at itself and all before it.
+        A line is a row; with `alike`, (rows, shared tokens), all rows lie together in one: prefix.py.
         """
-        q = rotate(self._split_heads(self.q_proj(x)), rotation)  # (batch, heads, seq, head_dim)
-        k = rotate(self._split_heads(self.k_proj(x)), rotation)  # (batch, kv_heads, seq, head_dim)
-        v = self._split_heads(self.v_proj(x))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if alike is not None:
+            q, k, v = (apart(t, *alike) for t in (q, k, v))
+        y = self._mix(q, k, v, rotation, mask, cache)
+        return self.o_proj(y if alike is None else together(y, alike[1]))
+
+    def _mix(
+        self,
+        q: Float[Tensor, "batch seq q_features"],
+        k: Float[Tensor, "batch seq kv_features"],
+        v: Float[Tensor, "batch seq kv_features"],
+        rotation: Rotation,
+        mask: Bool[Tensor, "batch 1 seq total"] | None,
+        cache: KVCache | None,
+    ) -> Float[Tensor, "batch seq q_features"]:
+        q = rotate(self._split_heads(q), rotation)  # (batch, heads, seq, head_dim)
+        k = rotate(self._split_heads(k), rotation)  # (batch, kv_heads, seq, head_dim)
+        v = self._split_heads(v)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (batch, kv_heads, total, head_dim)
         if mask is None and cache is None and trains_on_cpu(q) and q.element_size() <= MOST_BYTES_A_NUMBER:
-            return self.o_proj(autograd.causal_attention(q, k, v).transpose(1, 2).flatten(2))
+            return autograd.causal_attention(q, k, v).transpose(1, 2).flatten(2)
         if q.shape[2] == 1:  # a single new token may look at everything: heads that share keys are as rows of one
             rows = q.reshape(len(q), k.shape[1], -1, self.head_dim)  # (batch, kv_heads, heads / kv_heads, head_dim)
             y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-            return self.o_proj(y.reshape(len(y), 1, -1))
+            return y.reshape(len(y), 1, -1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
 
     def _split_heads(self, x: Float[Tensor, "batch seq features"]) -> Float[Tensor, "batch heads seq head_dim"]:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -228,12 +246,13 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch seq hidden"],
+        x: Float[Tensor, "lines tokens hidden"],
         rotation: Rotation,
         mask: Bool[Tensor, "batch 1 seq total"] | None,
         cache: KVCache | None,
-    ) -> Float[Tensor, "batch seq hidden"]:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+        alike: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "lines tokens hidden"]:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, alike)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -262,8 +281,17 @@ class Transformer(nn.Module):
         positions: Int[Tensor, "rows seq"] | None = None,
         mask: Bool[Tensor, "batch seq total"] | None = None,
         cache: KVCache | None = None,
+        shared: int = 0,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """Hidden state of every token. The arguments are those of `Decoder.forward`."""
+        """Hidden state of every token. The arguments are those of `Decoder.forward`.
+
+        The first `shared` tokens, the same in every row, are computed once: prefix.py.
+
+        Raises:
+            ValueError: if tokens are shared and positions, a mask or a cache could tell the rows apart.
+        """
+        if shared and not (positions is None and mask is None and cache is None):
+            raise ValueError("rows share tokens only where all are read at the same place: no positions, mask or cache")
         past, seq = (cache.length if cache else 0), tokens.shape[1]
         if positions is None:
             positions = torch.arange(past, past + seq, device=tokens.device)[None]
@@ -274,11 +302,15 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens)
         rotation = rotation_of(self.config, positions, x.dtype)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
+        alike = (len(tokens), shared) if shared else None
+        x = together(x, shared) if shared else x
         for layer in self.layers:
-            x = recomputed(layer, x, rotation, mask, None) if recompute else layer(x, rotation, mask, cache)
+            given = rotation, mask, None if recompute else cache, alike
+            x = recomputed(layer, x, *given) if recompute else layer(x, *given)
         if cache is not None:
             cache.length += seq
-        return self.norm(x)
+        x = self.norm(x)
+        return apart(x, len(tokens), shared) if shared else x
 
 
 class Decoder(nn.Module):

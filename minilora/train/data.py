@@ -13,6 +13,7 @@ Read next: train/trainer.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Int64
@@ -58,6 +59,12 @@ class Batch:
 
     tokens: Int64[Tensor, "batch seq"]
     labels: Int64[Tensor, "batch seq"]
+
+    @cached_property
+    def shared(self) -> int:
+        """With how many tokens all rows begin alike, such as those of a system prompt."""
+        alike = (self.tokens == self.tokens[:1]).all(dim=0)
+        return int(alike.cumprod(0).sum())
 
 
 def mask_prompt(prompt: list[int], answer: list[int], eos: int, name: str = "a sample") -> Sample:

@@ -107,7 +107,8 @@ def test_a_frozen_head_gets_no_gradient_and_none_is_formed():
     with Shapes() as shapes:
         chunked_cross_entropy(hidden, weight, torch.zeros(40, dtype=torch.long), 16).backward()
 
-    assert (300, 8) not in shapes.seen
+    made = [name for shape, name in zip(shapes.seen, shapes.operations, strict=True) if shape == (300, 8)]
+    assert set(made) <= {"t", "transpose", "permute"}  # views of the weight
 
 
 def test_without_gradients_the_loss_alone_is_formed():
