@@ -87,6 +87,12 @@ def are_many(rows: Tensor, W: Tensor) -> bool:
     return rows.is_cpu and (is_in_one_piece(W) or is_in_one_piece(W.T)) and not is_watched()
 
 
+def are_bfloat16(*tensors: Tensor) -> bool:
+    """Whether these are what kernels of our own can take: bfloat16, some numbers, each tensor in one piece."""
+    fit = all(t.dtype == torch.bfloat16 and is_in_one_piece(t) and t.numel() for t in tensors)
+    return fit and not is_watched()
+
+
 def is_in_one_piece(tensor: Tensor) -> bool:
     """Whether a tensor's numbers lie one behind the other at its address, in the CPU's memory; a subclass's may not."""
     return type(tensor) in PLAIN and tensor.is_cpu and tensor.is_contiguous()

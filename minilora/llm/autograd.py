@@ -1,7 +1,8 @@
 """Four operations of the decoder as training on a CPU wants them, where each pass over memory counts.
 
 torch's own backward of RMSNorm, rotation and SwiGLU takes a pass, and often a saved copy, for every arithmetic step.
-Here each is one autograd function with its backward by hand; so is attention, whose fused forward is torch's. Each
+Here each is one autograd function with its backward by hand; so is attention, whose fused forward is torch's. In
+bfloat16 the norm, and SwiGLU's backward, are kernels of our own where the processor suits them (cpu/pointwise). Each
 gives what its plain twin in model.py gives, gradients included. On CUDA, where a small operation costs little beside a
 product, the plain lines run, but for SwiGLU, which keeps less. Gradients of gradients raise a RuntimeError.
 
@@ -11,6 +12,7 @@ Read before this file: llm/model.
 import math
 import weakref
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from minilora.cpu.products import are_bfloat16
 
 QUERIES_AT_ONCE = 128  # in attention's backward: their scores, of 9 heads and 1,024 keys, take 2.4 MB in bfloat16
 
@@ -63,9 +67,7 @@ def rms_norm(x: Float[Tensor, "*n hidden"], weight: Float[Tensor, "hidden"], eps
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        inverse = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()  # (*n, 1)
+        inverse = _mean_square(x).add_(eps).rsqrt_()  # (*n, 1)
         ctx.save_for_backward(x, weight, inverse)
         ctx.again = Again(ctx, _scaled)
         return _scaled(x, weight, inverse)
@@ -75,6 +77,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         x, weight, inverse = ctx.again.saved_tensors()
         ctx.again.drop()
+        kernels = _kernels(dy, x, weight)
+        if kernels is not None and not ctx.needs_input_grad[1]:
+            return kernels.rms_norm_backward(dy, x, weight, inverse), None, None
         normal = x.to(inverse.dtype, copy=True).mul_(inverse)
         dweight = (dy * normal).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         g = dy.to(inverse.dtype, copy=True).mul_(weight)
@@ -82,7 +87,18 @@ class _RMSNorm(torch.autograd.Function):
         return g.addcmul_(normal, mean, value=-1).mul_(inverse).to(x.dtype), dweight, None
 
 
+def _mean_square(x: Tensor) -> Tensor:
+    kernels = _kernels(x)
+    if kernels is not None:
+        return kernels.mean_square(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_() / x.shape[-1]
+
+
 def _scaled(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    kernels = _kernels(x, weight)
+    if kernels is not None:
+        return kernels.scaled(x, weight, inverse)
     wide = x.to(inverse.dtype, copy=True)  # x * inverse would take twice as long where x has 16 bits
     return wide.mul_(inverse).mul_(weight).to(x.dtype)
 
@@ -138,7 +154,20 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate, up = ctx.again.saved_tensors()
         ctx.again.drop()
+        kernels = _kernels(dy, gate, up)
+        if kernels is not None:
+            return kernels.swiglu_backward(dy, gate, up)
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+
+
+def _kernels(*tensors: Tensor) -> ModuleType | None:
+    """cpu/pointwise, where it is faster than torch and takes these tensors."""
+    if are_bfloat16(*tensors):
+        from minilora.cpu import pointwise
+
+        if pointwise.is_fast():
+            return pointwise
+    return None
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
