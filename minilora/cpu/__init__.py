@@ -1,4 +1,4 @@
-"""Products with a frozen weight that a processor does faster than torch would: of few rows, and in halves."""
+"""Products with a frozen weight that a processor does faster than torch would: and what stands between them in training."""
 
 from minilora.cpu.linear import Linear
 

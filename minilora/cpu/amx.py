@@ -7,8 +7,8 @@ to a tile of sums (16 × 16, float32). In a tile of W two features of an output 
     tile[p, n] = W[2p, n], W[2p + 1, n]                 p < 16, n < 16
 
 Numba has no words for them, so they are written in LLVM's. Here tiles 0 to 3 are sums, of a block of 32 rows × 32
-outputs; 4 and 5 are x; 6 and 7 are W. They belong to their core as other registers do: nothing else may use them
-between `configure` and `release`. Numbers smaller than 2⁻¹²⁶ count as zero.
+outputs; 4 and 5 are x; 6 and 7 are W. Each thread has its own, as it has other registers; no other code of this thread
+may use them between `configure` and `release`. Numbers smaller than 2⁻¹²⁶ count as zero.
 
 Read before this file: cpu/few_rows. Read next: cpu/tiles, which makes a product of these.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba.core import cgutils, types
 
 from minilora.cpu.few_rows import BYTE, FLOAT, LANES, WORD, WORDS, instruction, load
@@ -33,13 +34,14 @@ CONFIG = np.zeros(LINE, np.uint8)
 CONFIG[0] = 1  # the only palette there is
 CONFIG[16:32:2] = LINE  # bytes a row, of each tile
 CONFIG[48:56] = SIDE  # rows
-STEPS_AHEAD = 2  # at which x is asked for
+STEPS_AHEAD = 2  # how early x is prefetched
+OLDEST_LLVM = (22, 0, 0)  # of those that this was tried with
 
 NUMBER, SHORT, VOID, BYTES_AT = ir.IntType(64), ir.IntType(16), ir.VoidType(), BYTE.as_pointer()
 
 
-class BFloat16(type(ir.HalfType())):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite does not list."""
+class BFloat16(ir.HalfType):  # type: ignore[misc]
+    """LLVM's bfloat, made as llvmlite makes its own types: it does not list this one."""
 
     null, intrinsic_name = "0.0", "bf16"
 
@@ -53,10 +55,16 @@ BFloat16._create_instance()
 @cache
 def is_there() -> bool:
     """Whether the processor has AMX for bfloat16, and the system lets this process use it."""
-    if platform.system() != "Linux" or not all(map(compiles_for, ("amx-bf16", "avx512bf16"))):
+    if platform.system() != "Linux" or not (compiles_for("amx-bf16") and rounds_to_bfloat16()):
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # Linux: Documentation/arch/x86/xstate.rst
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
+@cache
+def rounds_to_bfloat16() -> bool:
+    """Whether a float32 becomes a bfloat16 in one instruction; older LLVMs call a function for it that is not there."""
+    return compiles_for("avx512bf16") and llvm_version_info >= OLDEST_LLVM
 
 
 @in_llvm
@@ -72,7 +80,7 @@ def configure(typing_context, config):
 
 @in_llvm
 def release(typing_context):
-    """Give the tiles back: a thread that holds some takes the system longer to halt and to go on with."""
+    """Give the tiles back: to switch away from a thread that holds some costs the system more."""
 
     def generate(*given: Any) -> Any:
         Code(*given).call("llvm.x86.tilerelease")

@@ -31,12 +31,17 @@ from minilora.cpu.products import PROCESS
 in_llvm: Any = intrinsic  # without types: for mypy, the typing context would be an argument of every call
 
 
-def compiled(function: Callable[..., Any], fastmath: bool | set[str] = False) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile at first use, to run without Python's lock; keep the result where a folder for it can be written."""
     try:
-        return numba.njit(nogil=True, error_model="numpy", fastmath=fastmath, cache=True)(function)
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # neither this file's folder nor the user's cache can be written
-        return numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
+        return part(function)
+
+
+def part(function: Callable[..., Any], fastmath: bool | set[str] = False) -> Callable[..., Any]:
+    """Compile what workers call. It is kept within them alone, and made anew with them when a source changes."""
+    return numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
 
 
 def worker(function: Callable[..., Any], job: np.dtype) -> Any:

@@ -21,17 +21,17 @@ from llvmlite import ir
 from numba.core import types
 from torch import Tensor
 
-from minilora.cpu import few_rows, jobs
+from minilora.cpu import amx, few_rows, jobs
 from minilora.cpu.amx import BFloat16
 from minilora.cpu.few_rows import from_bfloat16
-from minilora.cpu.jobs import address, compiled, compiles_for, digest_of, in_llvm, run, take, worker
+from minilora.cpu.jobs import address, digest_of, in_llvm, part, run, take, worker
 
 ROWS_A_PIECE = 16
 NUMBERS_A_PIECE = 8192
 NORM = np.dtype([(name, np.int64) for name in ("taken", "x", "weight", "inverse", "dy", "y", "n_rows", "n")])
 GATE = np.dtype([(name, np.int64) for name in ("taken", "gate", "up", "dy", "dgate", "dup", "n")])
 LOG2_E, LN_2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
-summing = partial(compiled, fastmath={"reassoc"})  # sums in any order: sixteen side by side
+summing = partial(part, fastmath={"reassoc"})  # sums in any order: sixteen side by side
 
 
 def mean_square(x: Float[Tensor, "*n features"]) -> Float[Tensor, "*n 1"]:
@@ -74,15 +74,14 @@ def swiglu_backward(
     return dgate, dup
 
 
-@cache
 def is_fast() -> bool:
     """Whether the processor rounds to bfloat16 in one instruction: where it does not, that takes most of the time."""
-    return compiles_for("avx512bf16")
+    return amx.rounds_to_bfloat16()
 
 
 @cache
 def _mean_square() -> Any:
-    sources = digest_of(jobs, few_rows)
+    sources = digest_of(amx, few_rows, jobs)
 
     def work(all_jobs):
         sources  # noqa: B018  (compiled anew when it changes)
@@ -101,7 +100,7 @@ def _mean_square() -> Any:
 
 @cache
 def _scaled() -> Any:
-    sources = digest_of(jobs, few_rows)
+    sources = digest_of(amx, few_rows, jobs)
 
     def work(all_jobs):
         sources  # noqa: B018
@@ -122,7 +121,7 @@ def _scaled() -> Any:
 
 @cache
 def _rms_norm_backward() -> Any:
-    sources = digest_of(jobs, few_rows)
+    sources = digest_of(amx, few_rows, jobs)
 
     def work(all_jobs):
         sources  # noqa: B018
@@ -145,7 +144,7 @@ def _rms_norm_backward() -> Any:
 
 @cache
 def _swiglu_backward() -> Any:
-    sources = digest_of(jobs, few_rows)
+    sources = digest_of(amx, few_rows, jobs)
 
     def work(all_jobs):
         sources  # noqa: B018
@@ -181,14 +180,14 @@ def sum_of_products(x, y, z):
     return total
 
 
-@compiled
+@part
 def scale(x, inverse, weight, y):
     """y = x · inverse · weight, a row."""
     for i in range(len(x)):
         y[i] = rounded(from_bfloat16(x[i]) * inverse * from_bfloat16(weight[i]))
 
 
-@compiled
+@part
 def unscale(x, dy, weight, inverse, mean, dx):
     """dx = (dy · weight − x · inverse · mean) · inverse, a row."""
     for i in range(len(x)):
@@ -196,7 +195,7 @@ def unscale(x, dy, weight, inverse, mean, dx):
         dx[i] = rounded((g - from_bfloat16(x[i]) * inverse * mean) * inverse)
 
 
-@compiled
+@part
 def ungate(gate, up, dy, dgate, dup):
     """dup = dy · silu(gate) and dgate = dy · up · silu′(gate), with silu(x) = x s, s = 1 / (1 + e⁻ˣ)."""
     for i in range(len(gate)):
@@ -206,14 +205,14 @@ def ungate(gate, up, dy, dgate, dup):
         dgate[i] = rounded(d * from_bfloat16(up[i]) * s * (np.float32(1) + x * (np.float32(1) - s)))
 
 
-@compiled
+@part
 def exp(x):
-    """eˣ = 2ⁿ eʳ with |r| ≤ ln 2 / 2, and eʳ by the first seven terms of its series: off by 2⁻²² of its size.
+    """eˣ = 2ⁿ eʳ with |r| ≤ ln 2 / 2, and eʳ by the first seven terms of its series: off by 2⁻¹⁸ of its size at most.
 
     Written out because a call of the library's cannot be made for sixteen numbers at once. 2ⁿ is made from its bits.
-    Above 88.4 it is infinite; below −87 what it is at −87, 10⁻³⁸.
+    Above 88.4 it is infinite; below −87, and for a NaN, what it is at −87: 10⁻³⁸.
     """
-    x = min(max(x, np.float32(-87)), np.float32(89))
+    x = min(max(np.float32(-87), x), np.float32(89))
     n = np.floor(x * LOG2_E + np.float32(0.5))
     r = x - n * LN_2
     series = np.float32(1)
@@ -224,7 +223,7 @@ def exp(x):
 
 @in_llvm
 def rounded(typing_context, number):
-    """As few_rows.to_bfloat16, by the processor's own instruction."""
+    """Round to the nearest bfloat16 by the processor's own instruction, for which numbers below 2⁻¹²⁶ are zero."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(builder.fptrunc(arguments[0], BFloat16()), ir.IntType(16))

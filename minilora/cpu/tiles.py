@@ -40,7 +40,8 @@ from minilora.cpu.amx import (
     zero_sums,
 )
 from minilora.cpu.few_rows import bias_at, to_bfloat16
-from minilora.cpu.jobs import address, compiled, digest_of, run, take, worker
+from minilora.cpu.jobs import address, digest_of, part, run, take, worker
+from minilora.cpu.products import PLAIN
 
 PANELS_AT_ONCE = 3  # of 32 outputs, that a thread takes
 MOST_FEATURES = 4096  # whose packed weights, 800 KB, stay in a core's second cache
@@ -61,14 +62,19 @@ def product(
     No gradients flow.
 
     Raises:
-        ValueError: for fewer than 32 rows, or another dtype.
+        ValueError: for fewer than 32 rows, another dtype, shapes that do not fit together, or a W in pieces.
         RuntimeError: where there is no AMX.
     """
     u, B = (x[:, :0], W[:0]) if plus is None else plus
-    if len(x) < BLOCK or any(t.dtype != torch.bfloat16 or not t.is_cpu for t in (x, W, u, B)):
-        raise ValueError(
-            f"tiles multiply {BLOCK} rows or more, all of torch.bfloat16 on a CPU: {x.dtype}, {len(x)} rows"
-        )
+    given = {"x": x, "W": W, "u": u, "B": B}
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items())
+    if x.shape[1] != len(W) or u.shape != (len(x), len(B)) or B.shape[1] != W.shape[1] or len(x) < BLOCK:
+        raise ValueError(f"x W + u B of {BLOCK} rows or more cannot be made of {shapes}")
+    if any(t.dtype != torch.bfloat16 or type(t) not in PLAIN or not t.is_cpu for t in given.values()):
+        found = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in given.items())
+        raise ValueError(f"tiles multiply plain tensors of torch.bfloat16 on a CPU, not {found}")
+    if not (W.is_contiguous() or W.mT.is_contiguous()):
+        raise ValueError(f"W lies in pieces, with strides {W.stride()}: make it contiguous")
     if not amx.is_there():
         raise RuntimeError("this processor has no AMX for bfloat16, or the system or Numba's settings forbid it")
     in_features, out_features = W.shape
@@ -81,10 +87,12 @@ def product(
     return y
 
 
-def suit(rows: Float[Tensor, "rows in"], W: Float[Tensor, "in out"]) -> bool:
-    """Whether many rows of these features are multiplied faster this way than torch's, on this machine."""
+def suit(W: Float[Tensor, "in out"]) -> bool:
+    """Whether many rows are multiplied by this W faster than torch does it: with a piece, at least, for each thread."""
     in_features, out_features = W.shape
-    return BLOCK <= in_features <= MOST_FEATURES and out_features >= 2 * PANELS_AT_ONCE * BLOCK and amx.is_there()
+    n_pieces = -(-out_features // (PANELS_AT_ONCE * BLOCK))
+    enough = n_pieces >= max(2, torch.get_num_threads())
+    return enough and BLOCK <= in_features <= MOST_FEATURES and amx.is_there()
 
 
 @cache
@@ -104,12 +112,12 @@ def _product(is_by_output: bool) -> Any:
         bias = numba.carray(address(job.bias), job.out_features if job.bias else 0, np.uint16)
 
         n_steps, n_left = divmod(job.in_features, BLOCK)
-        n_more = -(-(n_left + (job.bias != 0) + job.r) // BLOCK)  # steps: the features left, the bias, and u's
-        tiles = lines(PANELS_AT_ONCE * (n_steps + n_more) * BLOCK).view(np.uint16)
-        tiles = tiles.reshape(PANELS_AT_ONCE, n_steps + n_more, 2, SIDE, BLOCK)
-        more = lines(n_more * BLOCK).view(np.uint16).reshape(BLOCK, n_more * BLOCK)
+        n_extra = -(-(n_left + (job.bias != 0) + job.r) // BLOCK)  # steps: the features left, the bias, and u's
+        tiles = lines(PANELS_AT_ONCE * (n_steps + n_extra) * BLOCK).view(np.uint16)
+        tiles = tiles.reshape(PANELS_AT_ONCE, n_steps + n_extra, 2, SIDE, BLOCK)
+        extra = lines(n_extra * BLOCK).view(np.uint16).reshape(BLOCK, n_extra * BLOCK)
         sums = lines(2 * BLOCK).view(np.float32).reshape(BLOCK, BLOCK)
-        more[:] = 0
+        extra[:] = 0
         configure(CONFIG)
         while True:
             first = take(all_jobs, PANELS_AT_ONCE * BLOCK)
@@ -117,16 +125,16 @@ def _product(is_by_output: bool) -> Any:
                 break
             n_panels = min(PANELS_AT_ONCE, -(-(job.out_features - first) // BLOCK))
             pack(W, is_by_output, first, tiles[:n_panels, :n_steps])
-            pack_more(W, is_by_output, n_left, bias, B, job.B_is_by_output, first, tiles[:n_panels, n_steps:])
+            pack_extra(W, is_by_output, n_left, bias, B, job.B_is_by_output, first, tiles[:n_panels, n_steps:])
             for place in range(0, job.n_rows, BLOCK):
                 row = min(place, job.n_rows - BLOCK)  # the last block may make some rows once more
-                gather_more(x, n_left, len(bias), u, row, more)
+                gather_extra(x, n_left, len(bias), u, row, extra)
                 for panel in range(n_panels):
                     output = first + panel * BLOCK
                     expect(y, row, output)
                     zero_sums()
                     add_products(x, row, tiles[panel, :n_steps])
-                    add_products(more, 0, tiles[panel, n_steps:])
+                    add_products(extra, 0, tiles[panel, n_steps:])
                     store_sums(sums)
                     narrow(sums, y, row, output)
         release()
@@ -134,14 +142,14 @@ def _product(is_by_output: bool) -> Any:
     return worker(work, JOB)
 
 
-@compiled
+@part
 def lines(count):
     """Memory for so many lines of 16 numbers of 32 bits, each a line of the cache."""
     memory = np.empty((count + 1) * SIDE, np.uint32)
     return memory[SIDE - memory.ctypes.data % 64 // 4 :][: count * SIDE]
 
 
-@compiled
+@part
 def pack(W, is_by_output, first, tiles):
     """Lay W's whole steps, for outputs from `first` on, as tiles[panel, step, half]; for what is not there, zeros."""
     n_panels, n_steps = tiles.shape[0], tiles.shape[1]
@@ -162,8 +170,8 @@ def pack(W, is_by_output, first, tiles):
                 put(tiles, k, n, W[first + n, k] if is_by_output else W[k, first + n])
 
 
-@compiled
-def pack_more(W, is_by_output, n_left, bias, B, B_is_by_output, first, tiles):
+@part
+def pack_extra(W, is_by_output, n_left, bias, B, B_is_by_output, first, tiles):
     """Lay what follows on the whole steps: W's features that are left, the bias, and B."""
     out_features, in_features = W.shape if is_by_output else (W.shape[1], W.shape[0])
     r = B.shape[1] if B_is_by_output else B.shape[0]
@@ -180,28 +188,28 @@ def pack_more(W, is_by_output, n_left, bias, B, B_is_by_output, first, tiles):
             put(tiles, place + k, n, B[output, k] if B_is_by_output else B[k, output])
 
 
-@compiled
+@part
 def put(tiles, k, n, number):
     """Put feature k of output n into its place in tiles[panel, step, half, pair, output of the half]."""
     tiles[n // BLOCK, k // BLOCK, n % BLOCK // SIDE, k % BLOCK // 2, 2 * (n % SIDE) + k % 2] = number
 
 
-@compiled
-def gather_more(x, n_left, has_bias, u, row, more):
-    """Put side by side, for 32 rows, what the tiles of pack_more are multiplied with."""
+@part
+def gather_extra(x, n_left, has_bias, u, row, extra):
+    """Put side by side, for 32 rows, what the tiles of pack_extra are multiplied with."""
     for i in range(BLOCK):
         place = 0
         for feature in range(x.shape[1] - n_left, x.shape[1]):
-            more[i, place] = x[row + i, feature]
+            extra[i, place] = x[row + i, feature]
             place += 1
         if has_bias:
-            more[i, place] = ONE
+            extra[i, place] = ONE
             place += 1
         for k in range(u.shape[1]):
-            more[i, place + k] = u[row + i, k]
+            extra[i, place + k] = u[row + i, k]
 
 
-@compiled
+@part
 def narrow(sums, y, row, output):
     """Round a block's sums into their places in y, which may end within the block."""
     if output + BLOCK <= y.shape[1]:

@@ -78,7 +78,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.again.saved_tensors()
         ctx.again.drop()
         kernels = _kernels(dy, x, weight)
-        if kernels is not None and not ctx.needs_input_grad[1]:
+        if kernels is not None and x.shape[-1:] == weight.shape and not ctx.needs_input_grad[1]:
             return kernels.rms_norm_backward(dy, x, weight, inverse), None, None
         normal = x.to(inverse.dtype, copy=True).mul_(inverse)
         dweight = (dy * normal).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -97,7 +97,7 @@ def _mean_square(x: Tensor) -> Tensor:
 
 def _scaled(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     kernels = _kernels(x, weight)
-    if kernels is not None:
+    if kernels is not None and x.shape[-1:] == weight.shape:
         return kernels.scaled(x, weight, inverse)
     wide = x.to(inverse.dtype, copy=True)  # x * inverse would take twice as long where x has 16 bits
     return wide.mul_(inverse).mul_(weight).to(x.dtype)
@@ -155,7 +155,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.again.saved_tensors()
         ctx.again.drop()
         kernels = _kernels(dy, gate, up)
-        if kernels is not None:
+        if kernels is not None and gate.shape == up.shape:
             return kernels.swiglu_backward(dy, gate, up)
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 

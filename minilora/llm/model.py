@@ -168,24 +168,24 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "lines tokens hidden"],
+        x: Float[Tensor, "batch n hidden"],
         rotation: Rotation,
         mask: Bool[Tensor, "batch 1 seq total"] | None,
         cache: KVCache | None,
-        alike: tuple[int, int] | None = None,
-    ) -> Float[Tensor, "lines tokens hidden"]:
+        prefix: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "batch n hidden"]:
         """Mix, for every token, the values of the tokens it looks at.
 
             o_proj(softmax(q kᵀ / √head_dim) v), with q and k turned to their positions
 
         `mask` is True where a token (row) may look at another (column); None means at itself and all before it.
-        A line is a row; with `alike`, (rows, shared tokens), all rows lie together in one: prefix.py.
+        With a `prefix`, (rows, shared tokens), all rows lie together in one: prefix.py.
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if alike is not None:
-            q, k, v = (apart(t, *alike) for t in (q, k, v))
+        if prefix is not None:
+            q, k, v = (apart(t, *prefix) for t in (q, k, v))
         y = self._mix(q, k, v, rotation, mask, cache)
-        return self.o_proj(y if alike is None else together(y, alike[1]))
+        return self.o_proj(y if prefix is None else together(y, prefix[1]))
 
     def _mix(
         self,
@@ -246,13 +246,13 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "lines tokens hidden"],
+        x: Float[Tensor, "batch n hidden"],
         rotation: Rotation,
         mask: Bool[Tensor, "batch 1 seq total"] | None,
         cache: KVCache | None,
-        alike: tuple[int, int] | None = None,
-    ) -> Float[Tensor, "lines tokens hidden"]:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, alike)
+        prefix: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "batch n hidden"]:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, prefix)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -302,10 +302,10 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens)
         rotation = rotation_of(self.config, positions, x.dtype)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
-        alike = (len(tokens), shared) if shared else None
+        prefix = (len(tokens), shared) if shared else None
         x = together(x, shared) if shared else x
         for layer in self.layers:
-            given = rotation, mask, None if recompute else cache, alike
+            given = rotation, mask, None if recompute else cache, prefix
             x = recomputed(layer, x, *given) if recompute else layer(x, *given)
         if cache is not None:
             cache.length += seq

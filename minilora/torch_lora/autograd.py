@@ -6,10 +6,11 @@
     forward     u  = scaling · x Aᵀ        y  = base(x) + u Bᵀ                      [LoRA] eq. 3
     backward    du = scaling · dy B        dx = dy W + du A        dA = duᵀ x        dB = dyᵀ u
 
-The second product is added into what the base returned, where autograd's own steps write it, scale it and add it: three
-passes over *n × out numbers. Nothing of that size is saved: x, which the layer's input holds anyway, and u. Not even x,
-where the function that gave it can make it again (its node has `again`: llm/autograd). A base that keeps its weight in
-4 bits turns it into floats once in each direction and drops it.
+The second product is added into what the base returned, or summed together with the first (cpu/products), where
+autograd's own steps write it, scale it and add it: three passes over *n × out numbers. Nothing of that size is saved:
+x, which the layer's input holds anyway, and u. Not even x, where the function that gave it can make it again (its node
+has `again`: llm/autograd). A base that keeps its weight in 4 bits turns it into floats once in each direction and drops
+it.
 
 Read before this file: numpy_lora/forward, where the backward is derived by hand.
 """
@@ -21,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.cpu.products import FEW_ROWS, linear, product
+from minilora.cpu.products import linear, product
 
 
 def lora_linear(
@@ -45,13 +46,12 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Any, weight: Tensor | None) -> Tensor:
         u = scaling * (_rows(x) @ A.to(x.dtype).T)
-        if weight is None and not is_cheaper_by_floats(u):
+        update = u, B.to(x.dtype).T
+        if weight is None:
             y = base(x).contiguous()
-            y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T)
+            y.view(-1, y.shape[-1]).addmm_(*update)
         else:
-            W = base.dense_weight(x.dtype) if weight is None else weight
-            bias = None if base.bias is None else base.bias.to(x.dtype)
-            y = linear(x, W, bias, (u, B.to(x.dtype).T))
+            y = linear(x, weight, base.bias, update)
         ctx.x_again = getattr(x.grad_fn, "again", None)
         ctx.save_for_backward(None if ctx.x_again else x, u, A, B, weight)
         ctx.scaling, ctx.base = scaling, base
@@ -71,11 +71,6 @@ class _LoRALinear(torch.autograd.Function):
             dx = product(dy, W, None, (du, A.to(dy.dtype))).view(x.shape)
         dB = (u.T @ dy).T  # dy.T @ u, which torch multiplies more slowly on a CPU
         return dx, du.T @ _rows(x), dB, None, None, None  # autograd casts them to the dtype of A and B
-
-
-def is_cheaper_by_floats(rows: Tensor) -> bool:
-    """Whether a base that stores no floats would make them for so many rows; then the update needs no second pass."""
-    return rows.is_cpu and len(rows) > FEW_ROWS
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Step:
     loss: float  # nats per token that carries loss
     grad_norm: float  # before clipping
     lr: float  # of the first parameter group
-    n_tokens: int  # that passed through the model, padding included
+    n_tokens: int  # of the batch, padding included, and each row's copy of what all begin with
     seconds: float
 
 

@@ -55,17 +55,21 @@ def test_swiglus_backward_is_the_formula(scale):
 
 
 @is_fast
-def test_numbers_that_are_none_stay_so_and_stay_where_they_are():
+def test_a_nan_and_an_infinity_stay_what_they_are_and_where_they_are():
     x, weight = torch.ones(3, 16, dtype=BFLOAT16), torch.ones(16, dtype=BFLOAT16)
     x[1, 5] = torch.nan
     y = pointwise.scaled(x, weight, (pointwise.mean_square(x) + 1e-5).rsqrt())
     gate = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 0.0], dtype=BFLOAT16)
-    dgate, dup = pointwise.swiglu_backward(*(torch.ones(6, dtype=BFLOAT16),), gate, torch.ones(6, dtype=BFLOAT16))
+    dgate, dup = pointwise.swiglu_backward(torch.ones(6, dtype=BFLOAT16), gate, torch.ones(6, dtype=BFLOAT16))
+
+    dx = pointwise.rms_norm_backward(torch.ones_like(x), x, weight, torch.ones(3, 1))
 
     assert y[1].isnan().all()
+    assert dx[1].isnan().all()
+    assert dx[[0, 2]].isfinite().all()
     assert (y[[0, 2]] == 1).all()
     torch.testing.assert_close(dup, F.silu(gate), rtol=0, atol=0, equal_nan=True)
-    assert dgate[0].isnan()
+    assert dgate[:3].isnan().all()  # 0 · ∞ is none; torch's own gives a NaN as well
     torch.testing.assert_close(dgate[3:], torch.tensor([1.0, 0.0, 0.5], dtype=BFLOAT16), rtol=0, atol=0)
 
 
@@ -115,3 +119,18 @@ def test_the_decoders_operations_take_them_where_they_can(dtype, weight_trains, 
     assert seen == called
     assert x.grad is not None and up.grad is not None
     assert (weight.grad is not None) == weight_trains
+
+
+@is_fast
+def test_shapes_that_are_broadcast_are_torchs(monkeypatch):
+    for name in ("scaled", "rms_norm_backward", "swiglu_backward"):
+        monkeypatch.setattr(pointwise, name, lambda *given: pytest.fail("it would read past the end"))
+    x, up, weight = torch.ones(4, 64, dtype=BFLOAT16), torch.ones(64, dtype=BFLOAT16), torch.ones(1, dtype=BFLOAT16)
+    for one, other, operation in (
+        (x, up, autograd._SwiGLU),
+        (x, weight, autograd._RMSNorm),
+    ):  # past the check of shapes
+        one = one.clone().requires_grad_()
+        y = operation.apply(one, other, *([1e-5] if other is weight else []))
+        y.backward(torch.ones_like(y))
+        assert one.grad.shape == (4, 64)

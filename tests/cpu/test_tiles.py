@@ -16,7 +16,7 @@ needs_amx = pytest.mark.skipif(not amx.is_there(), reason="this processor has no
 
 
 def whole_numbers(*shape: int) -> torch.Tensor:
-    """Small enough that every sum is exact, in bfloat16 and in any order."""
+    """Small enough that every sum is exact in float32, in any order."""
     return torch.randint(-1, 2, shape).to(BFLOAT16)
 
 
@@ -87,11 +87,26 @@ def test_the_bits_are_the_same_in_any_number_of_threads():
 
 
 @needs_amx
-def test_a_layer_over_it_has_the_layers_values_and_gradients():
+def test_tensors_that_lie_otherwise_in_memory_are_multiplied_as_they_are():
+    x, W, u, B, bias = (whole_numbers(*shape) for shape in ((64, 80), (80, 50), (64, 1), (1, 50), (50,)))
+    right = tiles.product(x, W, bias, (u, B))
+    spread = [t.repeat_interleave(2, -1)[..., ::2] for t in (x, u, B, bias)]  # every second number
+    shifted = torch.cat([whole_numbers(1), W.flatten()])[1:].view(W.shape)  # two bytes behind a word's address
+
+    assert torch.equal(tiles.product(spread[0], W, spread[3], (spread[1], spread[2])), right)
+    assert torch.equal(tiles.product(x, shifted, bias, (u, B)), right)
+
+
+@needs_amx
+def test_a_layer_over_it_has_the_layers_values_and_gradients(monkeypatch):
     """Within bfloat16's rounding of what is exact: 2⁻⁸ for what is rounded once, and as much again for u and du."""
+    taken, product = [], tiles.product
+    monkeypatch.setattr(
+        tiles, "product", lambda x, W, bias, plus: (taken.append(W.shape), product(x, W, bias, plus))[1]
+    )
     torch.manual_seed(0)
-    base = torch.nn.Linear(96, 200).to(BFLOAT16).requires_grad_(False)
-    given = torch.randn(2, 150, 96), torch.randn(4, 96) / 10, torch.randn(200, 4)
+    base = torch.nn.Linear(192, 200).to(BFLOAT16).requires_grad_(False)
+    given = torch.randn(2, 150, 192), torch.randn(4, 192) / 10, torch.randn(200, 4)
     ours = [t.to(BFLOAT16).requires_grad_() for t in given]
     exact = [t.detach().double().requires_grad_() for t in ours]
     dy = torch.randn(2, 150, 200).to(BFLOAT16)
@@ -101,6 +116,7 @@ def test_a_layer_over_it_has_the_layers_values_and_gradients():
     right = x @ base.weight.double().T + base.bias.double() + 2.0 * (x @ A.T) @ B.T
     right.backward(dy.double())
 
+    assert taken == [(192, 200), (200, 192)]  # forward, backward
     for found, wanted in ((y, right), *((one.grad, other.grad) for one, other in zip(ours, exact, strict=True))):
         assert (found.double() - wanted).norm() <= 2**-7 * wanted.norm()
 
@@ -113,7 +129,7 @@ def test_a_layer_over_it_has_the_layers_values_and_gradients():
         (255, 64, 192, BFLOAT16, False),
         (256, 31, 192, BFLOAT16, False),
         (256, 4097, 192, BFLOAT16, False),
-        (256, 64, 191, BFLOAT16, False),
+        (256, 64, 96, BFLOAT16, False),
         (256, 64, 192, torch.float32, False),
         (256, 64, 192, torch.float16, False),
     ],
@@ -122,6 +138,7 @@ def test_a_layer_over_it_has_the_layers_values_and_gradients():
 def test_it_takes_many_rows_of_bfloat16(rows, in_features, out_features, dtype, taken, by_output, monkeypatch):
     seen = []
     monkeypatch.setattr(amx, "is_there", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(tiles, "product", lambda x, W, bias, plus: seen.append(1) or x @ W)
     x, W = torch.ones(rows, in_features, dtype=dtype), torch.ones(in_features, out_features, dtype=dtype)
     products.product(x, W.T.contiguous().T if by_output else W)
@@ -144,16 +161,34 @@ def test_where_there_is_no_amx_or_torch_has_to_see_the_product_it_does(monkeypat
 
 
 def test_what_it_cannot_take_is_refused(monkeypatch):
-    x, W = torch.ones(256, 64, dtype=BFLOAT16), torch.ones(64, 192, dtype=BFLOAT16)
-    with pytest.raises(ValueError, match=r"tiles multiply 32 rows or more, all of torch.bfloat16 .*, 31 rows"):
-        tiles.product(x[:31], W)
-    with pytest.raises(ValueError, match=r"all of torch.bfloat16 on a CPU: torch.float32"):
-        tiles.product(x.float(), W)
-    with pytest.raises((RuntimeError, TypeCheckError)):  # the second where the tests check shapes at every call
-        products.product(x, torch.ones(65, 192, dtype=BFLOAT16))
+    x, W, u, B = (torch.ones(shape, dtype=BFLOAT16) for shape in ((256, 64), (64, 192), (256, 4), (4, 192)))
+    for wrong in (
+        (x[:31], W),
+        (x, W[:63]),
+        (x, W, None, (u[:255], B)),
+        (x, W, None, (u, B[:, 1:])),
+        (x, W, None, (u, B[1:])),
+    ):
+        with pytest.raises((ValueError, TypeCheckError), match=r"x W \+ u B of 32 rows or more cannot be made of x \("):
+            tiles.product(*wrong)
+    with pytest.raises(ValueError, match=r"plain tensors of torch.bfloat16 on a CPU, not .* u torch.float32 on cpu"):
+        tiles.product(x, W, None, (u.float(), B))
+    with pytest.raises(ValueError, match="W lies in pieces, with strides"):
+        tiles.product(x, W.repeat_interleave(2, 1)[:, ::2])
     monkeypatch.setattr(amx, "is_there", lambda: False)
     with pytest.raises(RuntimeError, match="this processor has no AMX for bfloat16"):
         tiles.product(x, W)
+
+
+def test_it_leaves_to_torch_what_does_not_fit_or_would_leave_threads_idle(monkeypatch):
+    monkeypatch.setattr(amx, "is_there", lambda: True)
+    x, W = torch.ones(256, 64, dtype=BFLOAT16), torch.ones(64, 384, dtype=BFLOAT16)
+
+    assert products.are_many(x, W)
+    assert not products.are_many(x, W[:63])
+    for threads, taken in ((1, True), (4, True), (5, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert tiles.suit(W) == taken
 
 
 def test_a_processor_without_amx_has_none(run_program):

@@ -108,6 +108,46 @@ def test_the_loss_and_its_gradients_share_what_is_alike():
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_in_bfloat16_sharing_costs_no_more_than_rounding_does():
+    """As far from exact as without it, where attention, norms and products are those of bfloat16 on this machine."""
+    decoder, tokens = tiny(), some_batch(4, rows=8).tokens.repeat(1, 8)
+    tokens[:, 4:] = torch.randint(0, 50, (8, 52), generator=torch.Generator().manual_seed(2))
+
+    def gradient(model, shared):
+        model.zero_grad()
+        model.model(tokens, shared=shared).square().sum().backward()
+        return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+    exact = gradient(decoder, 0)
+    plain, other = (gradient(decoder.bfloat16(), shared) for shared in (0, 4))
+
+    assert (other - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+class Noisy(torch.nn.Module):
+    """A layer of someone else's, with a rate named as theirs are."""
+
+    def __init__(self, base, **rate):
+        super().__init__()
+        self.base = base
+        self.__dict__.update(rate)
+
+    def forward(self, x):
+        return self.base(x)
+
+
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Dropout(0.1), torch.nn.AlphaDropout(0.1), Noisy(torch.nn.Identity(), dropout=0.1)]
+)
+def test_nothing_is_shared_with_any_layer_that_drops(layer):
+    decoder = tiny()
+    decoder.model.layers[0].mlp.down_proj = torch.nn.Sequential(decoder.model.layers[0].mlp.down_proj, layer.train())
+
+    assert tokens_of_a_layer(decoder, some_batch(4)) == ROWS * SEQ
+    layer.eval()
+    assert tokens_of_a_layer(decoder, some_batch(4)) < ROWS * SEQ
+
+
 def test_nothing_is_shared_where_it_saves_little_or_where_rows_drop_numbers_of_their_own():
     assert tokens_of_a_layer(tiny(), some_batch(0)) == ROWS * SEQ
     assert tokens_of_a_layer(tiny(), some_batch(4, rows=1)) == SEQ
