@@ -1,4 +1,4 @@
-"""Products with a frozen weight that a processor does faster than torch would: and what stands between them in training."""
+"""What a processor does faster than torch would: products with a frozen weight, and what stands between them."""
 
 from minilora.cpu.linear import Linear
 
