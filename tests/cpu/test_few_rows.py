@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from guard_page import GUARD
 from jaxtyping import TypeCheckError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -226,17 +227,7 @@ def test_a_processor_without_these_instructions_gives_the_same_bits(settings, tm
 def test_not_a_byte_is_read_beyond_the_weight(run_program):
     """W ends where a page that may not be read begins: a load beyond it would end the process."""
     program = """
-        import ctypes, mmap
         from dataclasses import replace
-        def at_the_end_of_what_may_be_read(tensor):
-            size = tensor.numel() * tensor.itemsize
-            pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-            memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
-            start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-            libc = ctypes.CDLL(None, use_errno=True)
-            assert libc.mprotect(ctypes.c_void_p(start + pages), mmap.PAGESIZE, 0) == 0
-            copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size)
-            return copy.view(tensor.shape).copy_(tensor)
         right = both()
         W = at_the_end_of_what_may_be_read(W)
         units = quantized.absmax
@@ -246,4 +237,4 @@ def test_not_a_byte_is_read_beyond_the_weight(run_program):
         print(torch.equal(both(), right), flush=True)
         os._exit(0)
     """
-    assert run_program(BOTH, program) == "True"
+    assert run_program(BOTH, GUARD, program) == "True"

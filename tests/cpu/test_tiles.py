@@ -5,6 +5,7 @@ What runs AMX's instructions is skipped where the processor has none: there prod
 
 import pytest
 import torch
+from guard_page import GUARD
 from jaxtyping import TypeCheckError
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -217,3 +218,21 @@ def test_it_stands_beside_torchs_own_tiles_in_several_threads_and_in_a_forked_ch
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
     assert run_program(program, PYTHONWARNINGS="ignore").split() == ["True", "True", "0"]
+
+
+@needs_amx
+def test_not_a_byte_is_read_beyond_what_it_is_given(run_program):
+    """Each tensor ends where a page that may not be read begins: a load beyond it would end the process."""
+    program = """
+        import os, torch
+        from minilora.cpu import tiles
+        for in_features, out_features, r in ((64, 40, 3), (50, 104, 16), (96, 97, 1)):
+            shapes = (70, in_features), (in_features, out_features), (out_features,), (70, r), (r, out_features)
+            x, W, bias, u, B = (torch.randn(shape).bfloat16() for shape in shapes)
+            right = tiles.product(x, W, bias, (u, B))
+            x, W, bias, u, B, W_t, B_t = map(at_the_end_of_what_may_be_read, (x, W, bias, u, B, W.T, B.T))
+            for one, other in ((W, B), (W_t.T, B_t.T)):
+                print(torch.equal(tiles.product(x, one, bias, (u, other)), right), flush=True)
+        os._exit(0)
+    """
+    assert run_program("import torch", GUARD, program).split() == ["True"] * 6
