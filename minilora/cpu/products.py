@@ -3,7 +3,7 @@
 Few rows    Text is generated a token at a time, and each reads every weight: few_rows does that faster.
 
 Many rows   In training, what LoRA adds to a product is a second one into the same result. On processors with AMX tiles
-            makes both as one: 1.05 to 2.5 times as fast, and as fast as oneDNN makes the first alone, or faster.
+            makes both as one, 1.05 to 2.5 times as fast; the first alone now faster than oneDNN, now slower.
 
 Halves      Where tiles do not suit, oneDNN multiplies 16-bit floats. It cuts a product into pieces of a size that it
             chooses by the shape, and a core takes a piece; for some hundreds of rows and a narrow result it makes one

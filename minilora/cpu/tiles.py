@@ -67,8 +67,8 @@ def product(
     """
     u, B = (x[:, :0], W[:0]) if plus is None else plus
     given = {"x": x, "W": W, "u": u, "B": B}
-    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items())
     if x.shape[1] != len(W) or u.shape != (len(x), len(B)) or B.shape[1] != W.shape[1] or len(x) < BLOCK:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items())
         raise ValueError(f"x W + u B of {BLOCK} rows or more cannot be made of {shapes}")
     if any(t.dtype != torch.bfloat16 or type(t) not in PLAIN or not t.is_cpu for t in given.values()):
         found = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in given.items())
