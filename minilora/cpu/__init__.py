@@ -1,5 +1,5 @@
 """What a processor does faster than torch would: products with a frozen weight, and what stands between them."""
 
-from minilora.cpu.linear import Linear
+from minilora.cpu.linear import Linear, each
 
-__all__ = ["Linear"]
+__all__ = ["Linear", "each"]

@@ -61,6 +61,15 @@ def is_there() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
+def demand() -> None:
+    """
+    Raises:
+        RuntimeError: if AMX is not there: its first instruction would end the process.
+    """
+    if not is_there():
+        raise RuntimeError("this processor has no AMX for bfloat16, or the system or Numba's settings forbid it")
+
+
 @cache
 def rounds_to_bfloat16() -> bool:
     """Whether a float32 becomes a bfloat16 in one instruction; older LLVMs call a function for it that is not there."""
@@ -112,33 +121,34 @@ def store_sums(typing_context, sums):
     return types.void(sums), generate
 
 
-@in_llvm
-def add_products(typing_context, x, row, panel):
-    """Add to the sums 32 rows of x, from `row` on, times W's tiles panel[step, half].
+@in_llvm(prefer_literal=True)
+def add_products(typing_context, x, row, panel, n_halves, steps_ahead):
+    """Add to the sums 32 rows of x, from `row` on, times W's tiles panel[step, half], of one half or two.
 
-    Each step loads four tiles for four products. Loading takes the time: a tile of x is 16 lines of memory in as many
-    places, so they are asked for STEPS_AHEAD.
+    With two, each step loads four tiles for four products. Loading takes the time: a tile of x is 16 lines of memory in
+    as many places, so they are asked for STEPS_AHEAD.
     """
 
     def generate(*given: Any) -> Any:
         code = Code(*given)
-        builder = code.builder
+        builder, halves = code.builder, range(n_halves.literal_value)
         x_row, W_row = builder.mul(code.shape(0)[1], NUMBER(2)), NUMBER(LINE)  # bytes
         x_start, W_start = code.address(0, code.arguments[1], NUMBER(0)), code.address(2)
         with cgutils.for_range(builder, code.shape(2)[0]) as loop:
             x_at = builder.gep(x_start, [builder.mul(loop.index, NUMBER(LINE))])
-            W_at = builder.gep(W_start, [builder.mul(loop.index, NUMBER(2 * TILE))])
+            W_at = builder.gep(W_start, [builder.mul(loop.index, NUMBER(len(halves) * TILE))])
             x_below = builder.gep(x_at, [builder.mul(x_row, NUMBER(SIDE))])
-            W_beside = builder.gep(W_at, [NUMBER(TILE)])
-            for i in range(BLOCK):
-                later = builder.add(builder.mul(x_row, NUMBER(i)), NUMBER(STEPS_AHEAD * LINE))
+            for i in range(BLOCK if steps_ahead.literal_value else 0):
+                later = builder.add(builder.mul(x_row, NUMBER(i)), NUMBER(steps_ahead.literal_value * LINE))
                 code.prefetch(builder.gep(x_at, [later]))
-            for tile, at, stride in (4, x_at, x_row), (6, W_at, W_row), (7, W_beside, W_row), (5, x_below, x_row):
+            W_tiles = [(6 + half, builder.gep(W_at, [NUMBER(half * TILE)]), W_row) for half in halves]
+            for tile, at, stride in [(4, x_at, x_row), *W_tiles, (5, x_below, x_row)]:
                 code.call("llvm.x86.tileloadd64", BYTE(tile), at, stride)
-            for tile in range(4):
-                code.call("llvm.x86.tdpbf16ps", BYTE(tile), BYTE(4 + tile // 2), BYTE(6 + tile % 2))
+            for above in range(2):
+                for half in halves:
+                    code.call("llvm.x86.tdpbf16ps", BYTE(2 * above + half), BYTE(4 + above), BYTE(6 + half))
 
-    return types.void(x, row, panel), generate
+    return types.void(x, row, panel, n_halves, steps_ahead), generate
 
 
 @in_llvm
@@ -163,13 +173,21 @@ def narrow_block(typing_context, sums, y, row, output):
         code = Code(*given)
         builder, (_, _, row, output) = code.builder, code.arguments
         for i in range(BLOCK):
-            halves = []
-            for half in range(2):
-                floats = code.load(code.address(0, NUMBER(i), NUMBER(half * SIDE)), FLOAT)
-                narrow = builder.fptrunc(floats, ir.VectorType(BFloat16(), LANES))
-                halves.append(builder.bitcast(narrow, ir.VectorType(SHORT, LANES)))
+            floats = [code.load(code.address(0, NUMBER(i), NUMBER(half * SIDE)), FLOAT) for half in range(2)]
+            halves = [code.narrow(half) for half in floats]
             both = builder.shuffle_vector(*halves, ir.VectorType(WORD, BLOCK)(list(range(BLOCK))))
             code.store(both, code.address(1, builder.add(row, NUMBER(i)), output), align=2)
+
+    return types.void(sums, y, row, output), generate
+
+
+@in_llvm
+def narrow_sixteen(typing_context, sums, y, row, output):
+    """Round sixteen sums into y[row, output] and those behind it."""
+
+    def generate(*given: Any) -> Any:
+        code = Code(*given)
+        code.store(code.narrow(code.load(code.address(0), FLOAT)), code.address(1, *code.arguments[2:]), align=2)
 
     return types.void(sums, y, row, output), generate
 
@@ -241,6 +259,11 @@ class Code:
     def load(self, at: Any, kind: Any) -> Any:
         """Load sixteen numbers."""
         return load(self.builder, self.builder.bitcast(at, kind.as_pointer()))
+
+    def narrow(self, floats: Any) -> Any:
+        """Round sixteen floats to bfloat16, halfway to the even one; give their bits."""
+        narrow = self.builder.fptrunc(floats, ir.VectorType(BFloat16(), LANES))
+        return self.builder.bitcast(narrow, ir.VectorType(SHORT, LANES))
 
     def store(self, vector: Any, at: Any, align: int) -> None:
         self.builder.store(vector, self.builder.bitcast(at, vector.type.as_pointer()), align=align)

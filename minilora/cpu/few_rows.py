@@ -30,6 +30,7 @@ from minilora.cpu import jobs
 from minilora.cpu.jobs import address, compiled, compiles_for, digest_of, in_llvm, run, take, worker
 from minilora.cpu.products import FEATURES_AT_ONCE
 
+MOST_ROWS = 8
 OUTPUTS_AT_ONCE = 2  # with 8 rows their sums take 16 of a core's 32 vector registers
 OUTPUTS_A_PIECE = 32  # what a thread takes
 AHEAD = 4096  # bytes
@@ -51,6 +52,11 @@ def linear(
     pointers = (x.data_ptr(), W.data_ptr(), bias_at(bias, y), y.data_ptr())
     run(_product(padded(n_rows)), len(W), *pointers, n_rows, *W.shape)
     return y
+
+
+def suits(x: Tensor) -> bool:
+    """Whether rows that products.are_few are multiplied here faster than by torch."""
+    return x.numel() <= MOST_ROWS * x.shape[-1] and is_fast()
 
 
 @cache

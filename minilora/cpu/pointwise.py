@@ -28,26 +28,33 @@ from minilora.cpu.jobs import address, digest_of, in_llvm, part, run, take, work
 
 ROWS_A_PIECE = 16
 NUMBERS_A_PIECE = 8192
-NORM = np.dtype([(name, np.int64) for name in ("taken", "x", "weight", "inverse", "dy", "y", "n_rows", "n")])
+NORM = np.dtype(
+    [(name, np.int64) for name in ("taken", "x", "weight", "inverse", "dy", "y", "n_rows", "n", "eps_bits")]
+)
 GATE = np.dtype([(name, np.int64) for name in ("taken", "gate", "up", "dy", "dgate", "dup", "n")])
+INVERSE_IS_KNOWN = -1  # instead of eps, whose bits are those of a number of at least 0
 LOG2_E, LN_2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
 summing = partial(part, fastmath={"reassoc"})  # sums in any order: sixteen side by side
 
 
-def mean_square(x: Float[Tensor, "*n features"]) -> Float[Tensor, "*n 1"]:
-    """The mean of each vector's squares, in float32."""
-    means = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    run(_mean_square(), means.numel(), x.data_ptr(), 0, means.data_ptr(), 0, 0, means.numel(), x.shape[-1])
-    return means
+def rms_norm(
+    x: Float[Tensor, "*n features"], weight: Float[Tensor, "features"], eps: float
+) -> tuple[Float[Tensor, "*n features"], Float[Tensor, "*n 1"]]:
+    """Compute x · inverse · weight with inverse = 1 / √(mean(x²) + eps); give both, the second in float32."""
+    y, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    pointers = x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), 0, y.data_ptr()
+    eps_bits = int(np.float32(eps).view(np.int32))
+    run(_rms_norm(), inverse.numel(), *pointers, inverse.numel(), x.shape[-1], eps_bits)
+    return y, inverse
 
 
 def scaled(
     x: Float[Tensor, "*n features"], weight: Float[Tensor, "features"], inverse: Float[Tensor, "*n 1"]
 ) -> Float[Tensor, "*n features"]:
-    """Compute x · inverse · weight: RMSNorm, where inverse is one over the root of mean_square."""
+    """Compute x · inverse · weight, with the bits that rms_norm gave."""
     y, n_rows = torch.empty_like(x), inverse.numel()
     pointers = x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), 0, y.data_ptr()
-    run(_scaled(), n_rows, *pointers, n_rows, x.shape[-1])
+    run(_rms_norm(), n_rows, *pointers, n_rows, x.shape[-1], INVERSE_IS_KNOWN)
     return y
 
 
@@ -60,7 +67,7 @@ def rms_norm_backward(
     """Give dx from dy: (g − x̂ · mean(g · x̂)) · inverse, with g = dy · weight and x̂ = x · inverse."""
     dx, n_rows = torch.empty_like(x), inverse.numel()
     pointers = x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), dy.data_ptr(), dx.data_ptr()
-    run(_rms_norm_backward(), n_rows, *pointers, n_rows, x.shape[-1])
+    run(_rms_norm_backward(), n_rows, *pointers, n_rows, x.shape[-1], INVERSE_IS_KNOWN)
     return dx
 
 
@@ -80,40 +87,25 @@ def is_fast() -> bool:
 
 
 @cache
-def _mean_square() -> Any:
+def _rms_norm() -> Any:
     sources = digest_of(amx, few_rows, jobs)
 
     def work(all_jobs):
         sources  # noqa: B018  (compiled anew when it changes)
         job = numba.carray(all_jobs, 1)[0]
         x = numba.carray(address(job.x), (job.n_rows, job.n), np.uint16)
-        means = numba.carray(address(job.inverse), job.n_rows, np.float32)
-        while True:
-            first = take(all_jobs, ROWS_A_PIECE)
-            if first >= job.n_rows:
-                return
-            for row in range(first, min(first + ROWS_A_PIECE, job.n_rows)):
-                means[row] = sum_of_squares(x[row]) / np.float32(job.n)
-
-    return worker(work, NORM)
-
-
-@cache
-def _scaled() -> Any:
-    sources = digest_of(amx, few_rows, jobs)
-
-    def work(all_jobs):
-        sources  # noqa: B018
-        job = numba.carray(all_jobs, 1)[0]
-        x = numba.carray(address(job.x), (job.n_rows, job.n), np.uint16)
         y = numba.carray(address(job.y), (job.n_rows, job.n), np.uint16)
         weight = numba.carray(address(job.weight), job.n, np.uint16)
         inverse = numba.carray(address(job.inverse), job.n_rows, np.float32)
+        eps = np.uint32(job.eps_bits).view(np.float32)
         while True:
             first = take(all_jobs, ROWS_A_PIECE)
             if first >= job.n_rows:
                 return
             for row in range(first, min(first + ROWS_A_PIECE, job.n_rows)):
+                if job.eps_bits != INVERSE_IS_KNOWN:
+                    mean = sum_of_squares(x[row]) / np.float32(job.n)
+                    inverse[row] = np.float32(1) / np.sqrt(mean + eps)
                 scale(x[row], inverse[row], weight, y[row])
 
     return worker(work, NORM)

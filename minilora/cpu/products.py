@@ -13,6 +13,7 @@ Halves      Where tiles do not suit, oneDNN multiplies 16-bit floats. It cuts a 
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 PROCESS = os.getpid()  # a forked child inherits none of its parent's threads
 PLAIN = (Tensor, nn.Parameter)
-FEW_ROWS = 8
+FEW_ROWS = 32  # the most that few_tiles takes
 MANY_ROWS = 256  # with fewer, what tiles packs takes longer than it saves
 LARGE = 2**16  # weights: a smaller W stays in a core's cache
 FEATURES_AT_ONCE = 32  # what few_rows' kernels multiply in one go
@@ -36,12 +37,27 @@ def linear(
     plus: tuple[Float[Tensor, "rows r"], Float[Tensor, "r out"]] | None = None,
 ) -> Float[Tensor, "*n out"]:
     """Compute x Wᵀ + bias + u B, plus being (u, B). Gradients need not flow: call it where autograd does not look."""
-    if x.dtype == W.dtype == torch.bfloat16 and is_in_one_piece(W) and are_few(x, *W.shape):
-        from minilora.cpu import few_rows
+    if x.dtype == torch.bfloat16 and are_few(x, W):
+        from minilora.cpu import few_rows, few_tiles
 
-        if few_rows.is_fast():
+        if few_tiles.suits(x, len(W)):
+            return _added(few_tiles.linears(x, [(W, bias)])[0], plus)
+        if few_rows.suits(x):
             return _added(few_rows.linear(x, W, bias), plus)
     return product(x, W.T, bias, plus)
+
+
+def linears(
+    x: Float[Tensor, "*n in"], layers: Sequence[tuple[Float[Tensor, "_ in"], Float[Tensor, "_"] | None]]
+) -> list[Float[Tensor, "*n _"]]:
+    """Compute x Wᵀ + bias for each (W, bias), in one go where that is faster. Gradients need not flow."""
+    weights = [W for W, _ in layers]
+    if x.dtype == torch.bfloat16 and are_few(x, *weights):
+        from minilora.cpu import few_tiles
+
+        if few_tiles.suits(x, min(map(len, weights))):
+            return few_tiles.linears(x, layers)
+    return [linear(x, W, bias) for W, bias in layers]
 
 
 def product(
@@ -71,8 +87,14 @@ def _added(y: Tensor, plus: tuple[Tensor, Tensor] | None) -> Tensor:
     return y
 
 
-def are_few(x: Tensor, out_features: int, in_features: int) -> bool:
-    """Whether rows of so many features are few, of a number that few_rows' kernels take, and the weight is large."""
+def are_few(x: Tensor, *weights: Tensor) -> bool:
+    """Whether products of x with these weights, each (out, in) in one piece and of x's dtype, are of few rows."""
+    alike = all(W.dtype == x.dtype and is_in_one_piece(W) and W.shape[1] == weights[0].shape[1] for W in weights)
+    return alike and may_be_few(x, sum(map(len, weights)), weights[0].shape[1])
+
+
+def may_be_few(x: Tensor, out_features: int, in_features: int) -> bool:
+    """Whether rows of so many features are few, of a number that few_rows' kernels take, and the weights are large."""
     if not x.is_cpu or x.numel() > FEW_ROWS * in_features or in_features * out_features < LARGE:
         return False
     whole = x.shape[-1] == in_features and in_features % FEATURES_AT_ONCE == 0 and out_features > 1

@@ -29,6 +29,7 @@ from minilora.cpu.amx import (
     BLOCK,
     CONFIG,
     SIDE,
+    STEPS_AHEAD,
     add_products,
     configure,
     expect,
@@ -75,8 +76,7 @@ def product(
         raise ValueError(f"tiles multiply plain tensors of torch.bfloat16 on a CPU, not {found}")
     if not (W.is_contiguous() or W.mT.is_contiguous()):
         raise ValueError(f"W lies in pieces, with strides {W.stride()}: make it contiguous")
-    if not amx.is_there():
-        raise RuntimeError("this processor has no AMX for bfloat16, or the system or Numba's settings forbid it")
+    amx.demand()
     in_features, out_features = W.shape
     x, u, bias = x.contiguous(), u.contiguous(), None if bias is None else bias.contiguous()
     B = B if B.mT.is_contiguous() else B.contiguous()
@@ -133,8 +133,8 @@ def _product(is_by_output: bool) -> Any:
                     output = first + panel * BLOCK
                     expect(y, row, output)
                     zero_sums()
-                    add_products(x, row, tiles[panel, :n_steps])
-                    add_products(extra, 0, tiles[panel, n_steps:])
+                    add_products(x, row, tiles[panel, :n_steps], 2, STEPS_AHEAD)
+                    add_products(extra, 0, tiles[panel, n_steps:], 2, 0)
                     store_sums(sums)
                     narrow(sums, y, row, output)
         release()

@@ -67,17 +67,17 @@ def rms_norm(x: Float[Tensor, "*n hidden"], weight: Float[Tensor, "hidden"], eps
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = _mean_square(x).add_(eps).rsqrt_()  # (*n, 1)
+        y, inverse = _normal(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         ctx.again = Again(ctx, _scaled)
-        return _scaled(x, weight, inverse)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         x, weight, inverse = ctx.again.saved_tensors()
         ctx.again.drop()
-        kernels = _kernels(dy, x, weight)
+        kernels = kernels_for(dy, x, weight)
         if kernels is not None and x.shape[-1:] == weight.shape and not ctx.needs_input_grad[1]:
             return kernels.rms_norm_backward(dy, x, weight, inverse), None, None
         normal = x.to(inverse.dtype, copy=True).mul_(inverse)
@@ -87,16 +87,19 @@ class _RMSNorm(torch.autograd.Function):
         return g.addcmul_(normal, mean, value=-1).mul_(inverse).to(x.dtype), dweight, None
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    kernels = _kernels(x)
-    if kernels is not None:
-        return kernels.mean_square(x)
+def _normal(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and 1 / √(mean(x²) + eps) of every vector."""
+    kernels = kernels_for(x, weight)
+    if kernels is not None and x.shape[-1:] == weight.shape:
+        return kernels.rms_norm(x, weight, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_() / x.shape[-1]
+    mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_() / x.shape[-1]
+    inverse = mean.add_(eps).rsqrt_()
+    return _scaled(x, weight, inverse), inverse
 
 
 def _scaled(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    kernels = _kernels(x, weight)
+    kernels = kernels_for(x, weight)
     if kernels is not None and x.shape[-1:] == weight.shape:
         return kernels.scaled(x, weight, inverse)
     wide = x.to(inverse.dtype, copy=True)  # x * inverse would take twice as long where x has 16 bits
@@ -154,13 +157,13 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate, up = ctx.again.saved_tensors()
         ctx.again.drop()
-        kernels = _kernels(dy, gate, up)
+        kernels = kernels_for(dy, gate, up)
         if kernels is not None and gate.shape == up.shape:
             return kernels.swiglu_backward(dy, gate, up)
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
-def _kernels(*tensors: Tensor) -> ModuleType | None:
+def kernels_for(*tensors: Tensor) -> ModuleType | None:
     """cpu/pointwise, where it is faster than torch and takes these tensors."""
     if are_bfloat16(*tensors):
         from minilora.cpu import pointwise

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from minilora.cpu import Linear
+from minilora.cpu import Linear, each
 from minilora.llm import autograd
 from minilora.llm.checkpointing import recomputed
 from minilora.llm.config import ModelConfig
@@ -76,6 +76,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n hidden"]:
         if trains_on_cpu(x):
             return autograd.rms_norm(x, self.weight, self.eps)
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            kernels = autograd.kernels_for(x, self.weight)
+            if kernels is not None and x.shape[-1:] == self.weight.shape:
+                return kernels.rms_norm(x, self.weight, self.eps)[0]
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -181,7 +185,7 @@ class Attention(nn.Module):
         `mask` is True where a token (row) may look at another (column); None means at itself and all before it.
         With a `prefix`, (rows, shared tokens), all rows lie together in one: prefix.py.
         """
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = each(x, self.q_proj, self.k_proj, self.v_proj)
         if prefix is not None:
             q, k, v = (apart(t, *prefix) for t in (q, k, v))
         y = self._mix(q, k, v, rotation, mask, cache)
@@ -229,7 +233,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "*n hidden"]) -> Float[Tensor, "*n hidden"]:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = each(x, self.gate_proj, self.up_proj)
         plain = not gate.requires_grad or torch.is_autocast_enabled(gate.device.type)
         return self.down_proj(F.silu(gate) * up if plain else autograd.swiglu(gate, up))
 

@@ -11,11 +11,13 @@ Bytes are those of bitsandbytes. Read before this file: numpy_lora/nf4, its orac
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
+from minilora.cpu.products import is_in_one_piece
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE, SMALLEST_UNIT
 from minilora.qlora.codebooks import NF4, Codebook, dynamic_cells, dynamic_map, dynamic_thresholds
 
@@ -40,6 +42,23 @@ class Quantized:
     codebook: Codebook
     block_size: int
     shape: tuple[int, ...]
+
+    @cached_property
+    def lies_as_expected(self) -> bool:
+        """Whether compiled code can read it: two axes, blocks of a usual size, every part whole and in one piece.
+
+        Raises:
+            ValueError: if codes or units are missing.
+        """
+        check_complete(self)
+        units = self.absmax
+        if isinstance(units, NestedAbsmax):
+            bytes_, floats = [self.packed, units.codes], [units.absmax, units.offset]
+        else:
+            bytes_, floats = [self.packed], [units]
+        parts = [*((part, torch.uint8) for part in bytes_), *((part, torch.float32) for part in floats)]
+        in_place = all(part.dtype == dtype and is_in_one_piece(part) for part, dtype in parts)
+        return in_place and len(self.shape) == 2 and self.block_size in BLOCK_SIZES
 
     @property
     def n_bytes(self) -> int:

@@ -6,6 +6,8 @@ CUDA   dequantize by Triton, kernels_gpu; quantize (once a weight) by the refere
 other  the reference
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,8 +48,10 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
 def linear(x: Tensor, quantized: Quantized, bias: Tensor | None = None) -> Tensor:
     """Multiply by a weight in 4 bits: x Wᵀ + bias. No gradients: NF4Linear gives them."""
     if x.device.type == "cpu":
-        from minilora.qlora import matmul_cpu
+        from minilora.qlora import matmul_cpu, matmul_tiles
 
+        if matmul_tiles.fits(x, quantized):
+            return matmul_tiles.linears(x, [(quantized, bias)])[0]
         if matmul_cpu.fits(x, quantized):
             return matmul_cpu.linear(x, quantized, bias)
     if multiplies_in_4_bits(x):
@@ -55,6 +59,16 @@ def linear(x: Tensor, quantized: Quantized, bias: Tensor | None = None) -> Tenso
 
         return matmul_gpu.linear(x, quantized, bias)
     return product(x, dequantize(quantized, x.dtype).T, bias)
+
+
+def linears(x: Tensor, layers: Sequence[tuple[Quantized, Tensor | None]]) -> list[Tensor]:
+    """Give x Wᵀ + bias for each (W, bias), in one go where that is faster. No gradients."""
+    if x.device.type == "cpu":
+        from minilora.qlora import matmul_tiles
+
+        if matmul_tiles.fits(x, *(W for W, _ in layers)):
+            return matmul_tiles.linears(x, layers)
+    return [linear(x, W, bias) for W, bias in layers]
 
 
 def linear_backward(dy: Tensor, quantized: Quantized) -> Tensor:

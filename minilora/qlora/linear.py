@@ -10,7 +10,7 @@
 Read before this file: torch_lora/layers, blockwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -111,8 +111,17 @@ class NF4Linear(nn.Module):
     def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
         if torch.is_grad_enabled() and x.requires_grad:
             return _FrozenProduct.apply(x, self)
-        bias = None if self.bias is None else self.bias.detach().to(x.dtype)
-        return fast.linear(x, self.quantized, bias)
+        return fast.linear(x, self.quantized, self._bias_for(x))
+
+    @staticmethod
+    def several(x: Float[Tensor, "*n in"], layers: "Sequence[NF4Linear]") -> list[Float[Tensor, "*n _"]]:
+        """Give what each of these layers makes of x."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return [layer.forward(x) for layer in layers]
+        return fast.linears(x, [(layer.quantized, layer._bias_for(x)) for layer in layers])
+
+    def _bias_for(self, x: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.detach().to(x.dtype)
 
     def extra_repr(self) -> str:
         bits = self.quantized.bits_per_weight
@@ -128,8 +137,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
         ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return fast.linear(x, layer.quantized, bias)
+        return fast.linear(x, layer.quantized, layer._bias_for(x))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

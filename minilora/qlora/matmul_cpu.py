@@ -28,18 +28,18 @@ from minilora.cpu.few_rows import (
     WORDS,
     bias_at,
     instruction,
-    is_fast,
     load,
     narrowed,
     padded,
     prefetch,
     products,
+    suits,
     widened,
 )
-from minilora.cpu.jobs import address, compiled, compiles_for, digest_of, in_llvm, run, take, worker
-from minilora.cpu.products import are_few, is_in_one_piece
+from minilora.cpu.jobs import address, compiles_for, digest_of, in_llvm, part, run, take, worker
+from minilora.cpu.products import may_be_few
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE
-from minilora.qlora.blockwise import BLOCK_SIZES, NestedAbsmax, Quantized, check_complete
+from minilora.qlora.blockwise import NestedAbsmax, Quantized
 from minilora.qlora.codebooks import dynamic_map
 
 POINTERS = ("x", "packed", "codebook", "absmax", "codes", "offset", "values", "bias", "y")
@@ -49,45 +49,39 @@ JOB = np.dtype([(name, np.int64) for name in ("taken", *POINTERS, *SIZES)])
 
 
 def fits(x: Tensor, quantized: Quantized) -> bool:
-    """Whether a product is one for `linear`: few rows, a weight of two axes in blocks of a usual size, all in place."""
-    usual = len(quantized.shape) == 2 and quantized.block_size in BLOCK_SIZES and x.dtype in NUMBERS
-    return usual and are_few(x, *quantized.shape) and lies_as_expected(quantized) and is_fast()
+    """Whether a product is one for `linear`."""
+    return x.dtype in NUMBERS and may_be_decoded(x, quantized) and suits(x)
 
 
-def lies_as_expected(quantized: Quantized) -> bool:
-    """Whether every part is what the kernel reads at its address: these dtypes, in one piece, on the CPU."""
-    nested = quantized.absmax
-    if isinstance(nested, NestedAbsmax):
-        bytes_, floats = [quantized.packed, nested.codes], [nested.absmax, nested.offset]
-    else:
-        bytes_, floats = [quantized.packed], [nested]
-    parts = [*((part, torch.uint8) for part in bytes_), *((part, torch.float32) for part in floats)]
-    return all(part.dtype == dtype and is_in_one_piece(part) for part, dtype in parts)
+def may_be_decoded(x: Tensor, *weights: Quantized) -> bool:
+    """Whether these products are of few rows, with weights of two axes that lie as kernels read them."""
+    alike = all(W.lies_as_expected and W.shape[1] == weights[0].shape[1] for W in weights)
+    return alike and may_be_few(x, sum(W.shape[0] for W in weights), weights[0].shape[1])
 
 
 def linear(x: Float[Tensor, "*n in"], quantized: Quantized, bias: Tensor | None = None) -> Float[Tensor, "*n out"]:
-    """Compute x Wᵀ + bias where it `fits`. No gradients flow.
-
-    Raises:
-        ValueError: if codes or units are missing.
-    """
-    check_complete(quantized)
+    """Compute x Wᵀ + bias where it `fits`. No gradients flow."""
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], quantized.shape[0])
     bias = bias if bias is None else bias.contiguous()
-    n_rows, nested = x.numel() // x.shape[-1], quantized.absmax
-    if isinstance(nested, NestedAbsmax):
-        units = (nested.absmax, nested.codes, nested.offset, dynamic_map(x.device))
-    else:
-        units = (nested, nested, nested, nested)  # the last three are not read
-    tensors = (x, quantized.packed, quantized.codebook.table(x.device), *units)
-    pointers = (*(tensor.data_ptr() for tensor in tensors), bias_at(bias, y), y.data_ptr())
-    sizes = (n_rows, *quantized.shape, quantized.block_size.bit_length() - 1)
-    run(_product(padded(n_rows), x.dtype, isinstance(nested, NestedAbsmax)), quantized.shape[0], *pointers, *sizes)
+    pointers = x.data_ptr(), *addresses(quantized), bias_at(bias, y), y.data_ptr()
+    n_rows = x.numel() // x.shape[-1]
+    sizes = n_rows, *quantized.shape, quantized.block_size.bit_length() - 1
+    run(_product(padded(n_rows), x.dtype), quantized.shape[0], *pointers, *sizes)
     return y
 
 
+def addresses(quantized: Quantized) -> tuple[int, ...]:
+    """Where what a kernel reads of a weight lies: packed, codebook, absmax, and for a double-quantized one the rest."""
+    units, device = quantized.absmax, quantized.packed.device
+    common = quantized.packed.data_ptr(), quantized.codebook.table(device).data_ptr()
+    if not isinstance(units, NestedAbsmax):
+        return *common, units.data_ptr(), 0, 0, 0
+    nested = units.absmax, units.codes, units.offset, dynamic_map(device)
+    return *common, *(tensor.data_ptr() for tensor in nested)
+
+
 @cache
-def _product(n_sums: int, dtype: torch.dtype, is_nested: bool) -> Any:
+def _product(n_sums: int, dtype: torch.dtype) -> Any:
     number, sources = NUMBERS[dtype], digest_of(jobs, few_rows)
 
     def work(all_jobs):
@@ -99,6 +93,7 @@ def _product(n_sums: int, dtype: torch.dtype, is_nested: bool) -> Any:
         packed = numba.carray(address(job.packed), job.out_features * job.in_features // 2, np.uint8)
         codebook = numba.carray(address(job.codebook), 16, np.float32)
         rows, sums = widened(x, n_sums), np.empty(LANES, np.float32)
+        n_blocks = ((job.out_features * job.in_features - 1) >> job.block_bits) + 1
         units = np.empty((OUTPUTS_AT_ONCE * job.in_features >> job.block_bits) + 2, np.float32)
         while True:
             first = take(all_jobs, OUTPUTS_A_PIECE)
@@ -107,29 +102,32 @@ def _product(n_sums: int, dtype: torch.dtype, is_nested: bool) -> Any:
             for place in range(first, min(first + OUTPUTS_A_PIECE, job.out_features), OUTPUTS_AT_ONCE):
                 output = min(place, job.out_features - OUTPUTS_AT_ONCE)
                 first_block = output * job.in_features >> job.block_bits
-                _decode_units(job, first_block, units, is_nested)
+                decode_units(job.absmax, job.codes, job.offset, job.values, n_blocks, first_block, units)
                 _multiply(n_sums, rows, packed, codebook, units, first_block, job.block_bits, output, sums)
                 narrowed(sums, bias, y, output)
 
     return worker(work, JOB)
 
 
-@compiled
-def _decode_units(job, first_block, units, is_nested):
-    """Fill `units` with those from first_block on, as far as there are any."""
-    n_blocks = ((job.out_features * job.in_features - 1) >> job.block_bits) + 1
+@part
+def decode_units(absmax, codes, offset, values, n_blocks, first_block, units):
+    """Fill `units` with those from first_block on, as far as there are any; codes at 0 means that absmax holds them."""
     count = min(len(units), n_blocks - first_block)
-    if is_nested:
-        absmax = numba.carray(address(job.absmax), (n_blocks - 1) // NESTED_BLOCK_SIZE + 1, np.float32)
-        codes = numba.carray(address(job.codes), n_blocks, np.uint8)
-        values = numba.carray(address(job.values), 256, np.float32)
-        offset = numba.carray(address(job.offset), 1, np.float32)[0]
-        for block in range(count):
-            place = first_block + block
-            units[block] = values[codes[place]] * absmax[place // NESTED_BLOCK_SIZE] + offset
+    if codes:
+        nested_absmax = numba.carray(address(absmax), (n_blocks - 1) // NESTED_BLOCK_SIZE + 1, np.float32)
+        nested_codes = numba.carray(address(codes), n_blocks, np.uint8)
+        nested_values = numba.carray(address(values), 256, np.float32)
+        mean = numba.carray(address(offset), 1, np.float32)[0]
+        stop = 0
+        while stop < count:
+            start, nested = stop, (first_block + stop) // NESTED_BLOCK_SIZE
+            stop = min((nested + 1) * NESTED_BLOCK_SIZE - first_block, count)
+            unit = nested_absmax[nested]
+            for block in range(start, stop):
+                units[block] = nested_values[nested_codes[first_block + block]] * unit + mean
     else:
-        absmax = numba.carray(address(job.absmax), n_blocks, np.float32)
-        units[:count] = absmax[first_block : first_block + count]
+        all_units = numba.carray(address(absmax), n_blocks, np.float32)
+        units[:count] = all_units[first_block : first_block + count]
 
 
 @in_llvm(prefer_literal=True)
@@ -145,7 +143,7 @@ def _multiply(typing_context, n_rows, x, packed, codebook, units, first_block, b
         def weights(output: Any, feature: Any) -> list[Any]:
             place = builder.add(builder.mul(output, in_features), feature)
             block = builder.sub(builder.lshr(place, block_bits), first_block)
-            unit = _sixteen_times(builder, builder.load(builder.gep(units_at, [block])))
+            unit = sixteen_times(builder, builder.load(builder.gep(units_at, [block])))
             at = builder.gep(codes_at, [builder.lshr(place, place.type(1))])
             prefetch(builder, at)
             pairs = builder.zext(load(builder, at), WORDS)
@@ -159,7 +157,8 @@ def _multiply(typing_context, n_rows, x, packed, codebook, units, first_block, b
     return types.void(*kinds), generate
 
 
-def _sixteen_times(builder: Any, number: Any) -> Any:
+def sixteen_times(builder: Any, number: Any) -> Any:
+    """Put a float into every lane."""
     alone = builder.insert_element(FLOATS(ir.Undefined), number, ir.IntType(32)(0))
     return builder.shuffle_vector(alone, FLOATS(ir.Undefined), WORDS([0] * LANES))
 

@@ -11,7 +11,7 @@ from jaxtyping import TypeCheckError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from minilora.cpu import Linear, few_rows, products
+from minilora.cpu import Linear, few_rows, few_tiles, products
 
 BFLOAT16 = torch.bfloat16
 
@@ -92,6 +92,7 @@ def test_it_takes_few_rows_of_a_large_weight(shape, out_features, taken, monkeyp
         return x @ W.T
 
     monkeypatch.setattr(few_rows, "linear", watched)
+    monkeypatch.setattr(few_tiles, "suits", lambda *_: False)
     x, W = torch.ones(shape, dtype=BFLOAT16), torch.ones(out_features, shape[-1], dtype=BFLOAT16)
     products.linear(x, W)
     products.linear(x.float(), W.float())
@@ -145,6 +146,7 @@ class Disguised(torch.Tensor):
 @pytest.mark.parametrize("watcher", ["forward mode", "vmap", "trace", "dispatch mode", "subclass"])
 def test_where_torch_has_to_see_the_product_it_does(watcher, monkeypatch):
     monkeypatch.setattr(few_rows, "linear", lambda x, W, bias: pytest.fail("torch did not see it"))
+    monkeypatch.setattr(few_tiles, "linears", lambda x, layers: pytest.fail("torch did not see it"))
     layer, x = Linear(64, 1024).to(BFLOAT16).requires_grad_(False), torch.randn(2, 64, dtype=BFLOAT16)
     if watcher == "forward mode":
         with forward_ad.dual_level():

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minilora.cpu import pointwise
 from minilora.llm import autograd
+from minilora.llm.model import RMSNorm
 
 BFLOAT16 = torch.bfloat16
 is_fast = pytest.mark.skipif(not pointwise.is_fast(), reason="this processor does not round to bfloat16 by itself")
@@ -28,15 +29,16 @@ def close(found, exact, size=None):
 def test_the_norm_and_its_backward_are_the_formulas(shape):
     torch.manual_seed(0)
     x, dy, weight = (torch.randn(size).to(BFLOAT16) for size in (shape, shape, shape[-1:]))
-    means = pointwise.mean_square(x)
+    y_found, inverse = pointwise.rms_norm(x, weight, 1e-5)
     exact = x.double().requires_grad_()
     y = F.rms_norm(exact, shape[-1:], weight.double(), 1e-5)
     y.backward(dy.double())
-    inverse = (means + 1e-5).rsqrt()
     size = (dy.double() * weight.double()).abs().sum(-1, keepdim=True) * inverse
 
-    torch.testing.assert_close(means.double(), x.double().square().mean(-1, keepdim=True), rtol=1e-5, atol=0)
-    assert close(pointwise.scaled(x, weight, inverse), y.detach())
+    exact_inverse = (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    torch.testing.assert_close(inverse.double(), exact_inverse, rtol=1e-5, atol=0)
+    assert close(y_found, y.detach())
+    assert torch.equal(pointwise.scaled(x, weight, inverse), y_found)
     assert close(pointwise.rms_norm_backward(dy, x, weight, inverse), exact.grad, size)
 
 
@@ -58,7 +60,7 @@ def test_swiglus_backward_is_the_formula(scale):
 def test_a_nan_and_an_infinity_stay_what_they_are_and_where_they_are():
     x, weight = torch.ones(3, 16, dtype=BFLOAT16), torch.ones(16, dtype=BFLOAT16)
     x[1, 5] = torch.nan
-    y = pointwise.scaled(x, weight, (pointwise.mean_square(x) + 1e-5).rsqrt())
+    y = pointwise.rms_norm(x, weight, 1e-5)[0]
     gate = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 0.0], dtype=BFLOAT16)
     dgate, dup = pointwise.swiglu_backward(torch.ones(6, dtype=BFLOAT16), gate, torch.ones(6, dtype=BFLOAT16))
 
@@ -81,10 +83,10 @@ def test_the_bits_are_the_same_in_any_number_of_threads():
     try:
         for n_threads in (1, 2, 5):
             torch.set_num_threads(n_threads)
-            inverse = (pointwise.mean_square(x) + 1e-5).rsqrt()
+            y, inverse = pointwise.rms_norm(x, weight, 1e-5)
             results.append(
                 [
-                    pointwise.scaled(x, weight, inverse),
+                    *(y, inverse),
                     pointwise.rms_norm_backward(dy, x, weight, inverse),
                     *pointwise.swiglu_backward(dy, x, up),
                 ]
@@ -99,15 +101,15 @@ def test_the_bits_are_the_same_in_any_number_of_threads():
 @pytest.mark.parametrize(
     ("dtype", "weight_trains", "watched", "called"),
     [
-        (BFLOAT16, False, False, {"mean_square", "scaled", "rms_norm_backward", "swiglu_backward"}),
-        (BFLOAT16, True, False, {"mean_square", "scaled", "swiglu_backward"}),
+        (BFLOAT16, False, False, {"rms_norm", "rms_norm_backward", "swiglu_backward"}),
+        (BFLOAT16, True, False, {"rms_norm", "swiglu_backward"}),
         (torch.float32, False, False, set()),
         (BFLOAT16, False, True, set()),
     ],
 )
 def test_the_decoders_operations_take_them_where_they_can(dtype, weight_trains, watched, called, monkeypatch):
     seen = set()
-    for name in ("mean_square", "scaled", "rms_norm_backward", "swiglu_backward"):
+    for name in ("rms_norm", "rms_norm_backward", "swiglu_backward"):
         kernel = getattr(pointwise, name)
         monkeypatch.setattr(pointwise, name, lambda *given, k=kernel, n=name: (seen.add(n), k(*given))[1])
     x, up = (torch.randn(4, 64, dtype=dtype, requires_grad=True) for _ in range(2))
@@ -122,8 +124,23 @@ def test_the_decoders_operations_take_them_where_they_can(dtype, weight_trains, 
 
 
 @is_fast
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_decoders_norm_takes_them_where_no_gradients_flow(mode, monkeypatch):
+    norm, x = RMSNorm(64, 1e-5).to(BFLOAT16), torch.randn(3, 1, 64, dtype=BFLOAT16)
+    seen, kernel = [], pointwise.rms_norm
+    monkeypatch.setattr(pointwise, "rms_norm", lambda *given: (seen.append(1), kernel(*given))[1])
+    with mode():
+        y = norm(x)
+
+    assert y.requires_grad == (mode is torch.enable_grad) == (not seen)
+    torch.testing.assert_close(y, F.rms_norm(x, (64,), norm.weight, 1e-5), rtol=2**-7, atol=0)
+    norm.requires_grad_(False)(x)
+    assert seen
+
+
+@is_fast
 def test_shapes_that_are_broadcast_are_torchs(monkeypatch):
-    for name in ("scaled", "rms_norm_backward", "swiglu_backward"):
+    for name in ("rms_norm", "scaled", "rms_norm_backward", "swiglu_backward"):
         monkeypatch.setattr(pointwise, name, lambda *given: pytest.fail("it would read past the end"))
     x, up, weight = torch.ones(4, 64, dtype=BFLOAT16), torch.ones(64, dtype=BFLOAT16), torch.ones(1, dtype=BFLOAT16)
     for one, other, operation in (
