@@ -126,7 +126,8 @@ def add_products(typing_context, x, row, panel, n_halves, steps_ahead):
     """Add to the sums 32 rows of x, from `row` on, times W's tiles panel[step, half], of one half or two.
 
     With two, each step loads four tiles for four products. Loading takes the time: a tile of x is 16 lines of memory in
-    as many places, so they are asked for STEPS_AHEAD.
+    as many places, so they are asked for `steps_ahead`; 0 asks for none, where x is in a near cache. In few_tiles x and
+    W change places. `n_halves` and `steps_ahead` have to be numbers that are known when this is compiled.
     """
 
     def generate(*given: Any) -> Any:

@@ -45,7 +45,11 @@ JOB = np.dtype([(name, np.int64) for name in ("taken", "x", "W", "bias", "y", "n
 def linear(
     x: Float[Tensor, "*n in"], W: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None
 ) -> Float[Tensor, "*n out"]:
-    """Compute x Wᵀ + bias, all bfloat16, for rows that products.are_few and a W in one piece. No gradients flow."""
+    """Compute x Wᵀ + bias, all bfloat16, where products.are_few and x `suits`. No gradients flow.
+
+    Raises:
+        ValueError: for more than 8 rows.
+    """
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], len(W))
     bias = bias if bias is None else bias.contiguous()
     n_rows = x.numel() // x.shape[-1]
@@ -103,7 +107,13 @@ def _product(n_sums: int) -> Any:
 
 
 def padded(n_rows: int) -> int:
-    """The number of sums of the kernel for so many rows: 1, 2, 4 or 8. Rows that are not there are zeros."""
+    """The number of sums of the kernel for so many rows: 1, 2, 4 or 8. Rows that are not there are zeros.
+
+    Raises:
+        ValueError: for more than 8 rows.
+    """
+    if n_rows > MOST_ROWS:
+        raise ValueError(f"these kernels take up to {MOST_ROWS} rows, not {n_rows}")
     return 1 << (n_rows - 1).bit_length()
 
 

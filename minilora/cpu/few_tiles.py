@@ -52,11 +52,14 @@ PART = np.dtype([(name, np.int64) for name in ("W", "bias", "y", "out_features")
 def linears(
     x: Float[Tensor, "*n in"], layers: Sequence[tuple[Float[Tensor, "_ in"], Float[Tensor, "_"] | None]]
 ) -> list[Float[Tensor, "*n _"]]:
-    """Compute x Wᵀ + bias for each (W, bias), all bfloat16, where x `suits` each W. No gradients flow.
+    """Compute x Wᵀ + bias for each (W, bias), where products.are_few and x `suits` each W. No gradients flow.
 
     Raises:
+        ValueError: for shapes that do not fit, more than 32 rows, or features that are not whole steps of 32.
         RuntimeError: where there is no AMX.
     """
+    amx.demand()
+    check_sizes(x, [(len(W), W.shape[1]) for W, _ in layers])
     x, ys = x.contiguous(), [x.new_empty(*x.shape[:-1], len(W)) for W, _ in layers]
     biases = [bias if bias is None else bias.contiguous() for _, bias in layers]
     parts = [
@@ -77,15 +80,26 @@ def tiles_beside(x: Tensor) -> int:
     return 1 if x.numel() <= SIDE * x.shape[-1] else 2
 
 
+def check_sizes(x: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
+    """Refuse what a kernel would read or write beyond.
+
+    Raises:
+        ValueError: if a weight's (out, in) is none for x, or x has more rows than the kernels take.
+    """
+    in_features = x.shape[-1]
+    fit = all(n_in == in_features and n_out >= BLOCK for n_out, n_in in sizes)
+    if not fit or in_features % BLOCK or not 0 < x.numel() <= MOST_ROWS * in_features:
+        found = f"x {tuple(x.shape)} and weights of {', '.join(map(str, sizes))}"
+        raise ValueError(
+            f"tiles take up to {MOST_ROWS} rows, features in {BLOCK}s and {BLOCK} outputs or more: {found}"
+        )
+
+
 def run_parts(kernel: Any, x: Tensor, parts: Sequence[tuple[int, ...]]) -> None:
     """Let torch's threads multiply x, in one piece, by weights of which each says in its last field how many outputs.
 
     A thread's share is even, in blocks of 32 outputs; a large one is cut, for a thread may be slow.
-
-    Raises:
-        RuntimeError: where there is no AMX.
     """
-    amx.demand()
     table = (ctypes.c_int64 * (len(parts) * len(parts[0])))(*(number for fields in parts for number in fields))
     n_blocks = sum(-(-fields[-1] // BLOCK) for fields in parts)
     share = -(-n_blocks // torch.get_num_threads())

@@ -29,10 +29,12 @@ from minilora.cpu.jobs import address, digest_of, in_llvm, part, run, take, work
 ROWS_A_PIECE = 16
 NUMBERS_A_PIECE = 8192
 NORM = np.dtype(
-    [(name, np.int64) for name in ("taken", "x", "weight", "inverse", "dy", "y", "n_rows", "n", "eps_bits")]
+    [
+        (name, np.int64)
+        for name in ("taken", "x", "weight", "inverse", "dy", "y", "n_rows", "n", "eps_bits", "knows_inverse")
+    ]
 )
 GATE = np.dtype([(name, np.int64) for name in ("taken", "gate", "up", "dy", "dgate", "dup", "n")])
-INVERSE_IS_KNOWN = -1  # instead of eps, whose bits are those of a number of at least 0
 LOG2_E, LN_2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
 summing = partial(part, fastmath={"reassoc"})  # sums in any order: sixteen side by side
 
@@ -44,7 +46,7 @@ def rms_norm(
     y, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     pointers = x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), 0, y.data_ptr()
     eps_bits = int(np.float32(eps).view(np.int32))
-    run(_rms_norm(), inverse.numel(), *pointers, inverse.numel(), x.shape[-1], eps_bits)
+    run(_rms_norm(), inverse.numel(), *pointers, inverse.numel(), x.shape[-1], eps_bits, False)
     return y, inverse
 
 
@@ -54,7 +56,7 @@ def scaled(
     """Compute x · inverse · weight, with the bits that rms_norm gave."""
     y, n_rows = torch.empty_like(x), inverse.numel()
     pointers = x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), 0, y.data_ptr()
-    run(_rms_norm(), n_rows, *pointers, n_rows, x.shape[-1], INVERSE_IS_KNOWN)
+    run(_rms_norm(), n_rows, *pointers, n_rows, x.shape[-1], 0, True)
     return y
 
 
@@ -67,7 +69,7 @@ def rms_norm_backward(
     """Give dx from dy: (g − x̂ · mean(g · x̂)) · inverse, with g = dy · weight and x̂ = x · inverse."""
     dx, n_rows = torch.empty_like(x), inverse.numel()
     pointers = x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), dy.data_ptr(), dx.data_ptr()
-    run(_rms_norm_backward(), n_rows, *pointers, n_rows, x.shape[-1], INVERSE_IS_KNOWN)
+    run(_rms_norm_backward(), n_rows, *pointers, n_rows, x.shape[-1], 0, True)
     return dx
 
 
@@ -103,7 +105,7 @@ def _rms_norm() -> Any:
             if first >= job.n_rows:
                 return
             for row in range(first, min(first + ROWS_A_PIECE, job.n_rows)):
-                if job.eps_bits != INVERSE_IS_KNOWN:
+                if not job.knows_inverse:
                     mean = sum_of_squares(x[row]) / np.float32(job.n)
                     inverse[row] = np.float32(1) / np.sqrt(mean + eps)
                 scale(x[row], inverse[row], weight, y[row])

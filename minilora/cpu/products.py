@@ -1,6 +1,7 @@
 """A product with a frozen weight, where torch would leave a CPU's cores or its memory idle.
 
-Few rows    Text is generated a token at a time, and each reads every weight: few_rows does that faster.
+Few rows    Text is generated a token at a time, and each reads every weight: few_rows does that faster, and few_tiles
+            with AMX, which also takes several weights of one x at once.
 
 Many rows   In training, what LoRA adds to a product is a second one into the same result. On processors with AMX tiles
             makes both as one, 1.05 to 2.5 times as fast; the first alone now faster than oneDNN, now slower.
@@ -25,7 +26,7 @@ PLAIN = (Tensor, nn.Parameter)
 FEW_ROWS = 32  # the most that few_tiles takes
 MANY_ROWS = 256  # with fewer, what tiles packs takes longer than it saves
 LARGE = 2**16  # weights: a smaller W stays in a core's cache
-FEATURES_AT_ONCE = 32  # what few_rows' kernels multiply in one go
+FEATURES_AT_ONCE = 32  # what the kernels for few rows multiply in one go
 ONE_PIECE_ROWS = range(513, 1281)  # seen with oneDNN 3; at other sizes two halves are the slower way
 ONE_PIECE_FEATURES = range(385, 1025)
 
@@ -94,7 +95,7 @@ def are_few(x: Tensor, *weights: Tensor) -> bool:
 
 
 def may_be_few(x: Tensor, out_features: int, in_features: int) -> bool:
-    """Whether rows of so many features are few, of a number that few_rows' kernels take, and the weights are large."""
+    """Whether rows are as few as kernels of our own may take, of features that they can, and the weights large."""
     if not x.is_cpu or x.numel() > FEW_ROWS * in_features or in_features * out_features < LARGE:
         return False
     whole = x.shape[-1] == in_features and in_features % FEATURES_AT_ONCE == 0 and out_features > 1

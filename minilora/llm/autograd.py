@@ -77,8 +77,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         x, weight, inverse = ctx.again.saved_tensors()
         ctx.again.drop()
-        kernels = kernels_for(dy, x, weight)
-        if kernels is not None and x.shape[-1:] == weight.shape and not ctx.needs_input_grad[1]:
+        kernels = norm_kernels(x, weight, dy)
+        if kernels is not None and not ctx.needs_input_grad[1]:
             return kernels.rms_norm_backward(dy, x, weight, inverse), None, None
         normal = x.to(inverse.dtype, copy=True).mul_(inverse)
         dweight = (dy * normal).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -89,8 +89,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def _normal(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The result, and 1 / √(mean(x²) + eps) of every vector."""
-    kernels = kernels_for(x, weight)
-    if kernels is not None and x.shape[-1:] == weight.shape:
+    kernels = norm_kernels(x, weight)
+    if kernels is not None:
         return kernels.rms_norm(x, weight, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_() / x.shape[-1]
@@ -99,8 +99,8 @@ def _normal(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    kernels = kernels_for(x, weight)
-    if kernels is not None and x.shape[-1:] == weight.shape:
+    kernels = norm_kernels(x, weight)
+    if kernels is not None:
         return kernels.scaled(x, weight, inverse)
     wide = x.to(inverse.dtype, copy=True)  # x * inverse would take twice as long where x has 16 bits
     return wide.mul_(inverse).mul_(weight).to(x.dtype)
@@ -157,13 +157,18 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate, up = ctx.again.saved_tensors()
         ctx.again.drop()
-        kernels = kernels_for(dy, gate, up)
+        kernels = _kernels(dy, gate, up)
         if kernels is not None and gate.shape == up.shape:
             return kernels.swiglu_backward(dy, gate, up)
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
-def kernels_for(*tensors: Tensor) -> ModuleType | None:
+def norm_kernels(x: Tensor, weight: Tensor, *others: Tensor) -> ModuleType | None:
+    """cpu/pointwise, where its norm is faster than torch's and takes these tensors."""
+    return _kernels(x, weight, *others) if x.shape[-1:] == weight.shape else None
+
+
+def _kernels(*tensors: Tensor) -> ModuleType | None:
     """cpu/pointwise, where it is faster than torch and takes these tensors."""
     if are_bfloat16(*tensors):
         from minilora.cpu import pointwise

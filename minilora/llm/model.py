@@ -8,9 +8,10 @@
     total             tokens read before plus those of this call
 
 Every module has the name it has in a Hugging Face checkpoint and every projection is an `nn.Linear` (cpu/linear's) that
-is only ever called, so any of them can be replaced by another module under the same name. `generation.py` makes tokens
-from logits, `load.py` brings weights. Where gradients flow on a CPU, four operations run as their twins in
-`autograd.py` (SwiGLU on any device): the same numbers in fewer passes.
+is only ever called, so any of them can be replaced by another module under the same name (projections of the same x
+are called together, by `each`). `generation.py` makes tokens from logits, `load.py` brings weights. Where gradients
+flow on a CPU, four operations run as their twins in `autograd.py` (SwiGLU on any device): the same numbers in fewer
+passes.
 """
 
 import hashlib
@@ -77,8 +78,8 @@ class RMSNorm(nn.Module):
         if trains_on_cpu(x):
             return autograd.rms_norm(x, self.weight, self.eps)
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            kernels = autograd.kernels_for(x, self.weight)
-            if kernels is not None and x.shape[-1:] == self.weight.shape:
+            kernels = autograd.norm_kernels(x, self.weight)
+            if kernels is not None:
                 return kernels.rms_norm(x, self.weight, self.eps)[0]
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 

@@ -11,13 +11,11 @@ Bytes are those of bitsandbytes. Read before this file: numpy_lora/nf4, its orac
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
-from minilora.cpu.products import is_in_one_piece
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE, SMALLEST_UNIT
 from minilora.qlora.codebooks import NF4, Codebook, dynamic_cells, dynamic_map, dynamic_thresholds
 
@@ -42,23 +40,6 @@ class Quantized:
     codebook: Codebook
     block_size: int
     shape: tuple[int, ...]
-
-    @cached_property
-    def lies_as_expected(self) -> bool:
-        """Whether compiled code can read it: two axes, blocks of a usual size, every part whole and in one piece.
-
-        Raises:
-            ValueError: if codes or units are missing.
-        """
-        check_complete(self)
-        units = self.absmax
-        if isinstance(units, NestedAbsmax):
-            bytes_, floats = [self.packed, units.codes], [units.absmax, units.offset]
-        else:
-            bytes_, floats = [self.packed], [units]
-        parts = [*((part, torch.uint8) for part in bytes_), *((part, torch.float32) for part in floats)]
-        in_place = all(part.dtype == dtype and is_in_one_piece(part) for part, dtype in parts)
-        return in_place and len(self.shape) == 2 and self.block_size in BLOCK_SIZES
 
     @property
     def n_bytes(self) -> int:
@@ -207,13 +188,14 @@ def check_complete(quantized: Quantized) -> None:
     """
     count, nested = math.prod(quantized.shape), quantized.absmax
     n_blocks = -(-count // quantized.block_size)
-    expected = {"bytes of codes": -(-count // 2), "units": n_blocks}
-    found = {"bytes of codes": quantized.packed.numel()}
     if isinstance(nested, Tensor):
-        found["units"] = nested.numel()
+        expected: tuple[int, ...] = (-(-count // 2), n_blocks)
+        found: tuple[int, ...] = (quantized.packed.numel(), nested.numel())
     else:
-        expected |= {"units of units": -(-n_blocks // NESTED_BLOCK_SIZE), "offsets": 1}
-        found |= {"units": nested.codes.numel(), "units of units": nested.absmax.numel()}
-        found |= {"offsets": nested.offset.numel()}
+        expected = (-(-count // 2), n_blocks, -(-n_blocks // NESTED_BLOCK_SIZE), 1)
+        parts = (quantized.packed, nested.codes, nested.absmax, nested.offset)
+        found = tuple(part.numel() for part in parts)
     if found != expected:
-        raise ValueError(f"a weight of shape {quantized.shape} needs {expected}; this one has {found}: load it again")
+        names = ("bytes of codes", "units", "units of units", "offsets")
+        needs, has = (dict(zip(names, numbers, strict=False)) for numbers in (expected, found))
+        raise ValueError(f"a weight of shape {quantized.shape} needs {needs}; this one has {has}: load it again")

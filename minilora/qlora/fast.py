@@ -1,6 +1,7 @@
 """quantize, dequantize and multiply by the fastest way for a tensor's device; blockwise has the readable twins.
 
-CPU    Numba kernels, kernels_cpu; products of few rows in 4 bits, matmul_cpu, of many through floats
+CPU    Numba kernels, kernels_cpu; products of many rows through floats, of few rows in 4 bits: with AMX matmul_tiles,
+       whose weights are rounded to bfloat16 as those of many rows are, elsewhere matmul_cpu, whose weights are not
 CUDA   dequantize by Triton, kernels_gpu; quantize (once a weight) by the reference; products of few rows by Triton
        in 4 bits, matmul_gpu, of many through floats
 other  the reference

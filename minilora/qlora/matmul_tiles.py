@@ -2,10 +2,10 @@
 
     y = x Wᵀ + bias,   W[output, feature] = codebook[code] · absmax[block], rounded to bfloat16
 
-So W is what blockwise.dequantize gives in bfloat16, bit for bit; but only some of it is there at a time, in a core's
-first cache. The sixteen values that a block's weights can have stand in one register, where one instruction looks 32
-codes up. What is read is a quarter of the bytes; decoding them takes longer than to read them, and so about as long as
-to read all of W in bfloat16 from memory: the gain is the memory.
+So W is what blockwise.dequantize gives in bfloat16, bit for bit (numbers below 2⁻¹²⁶ are zero); but only some of it is
+there at a time, in a core's first cache. The sixteen values that a block's weights can have stand in one register, and
+one instruction looks 32 codes up. What is read is a quarter of the bytes; decoding them takes longer than to read them,
+and so about as long as to read all of W in bfloat16 from memory: the gain is the memory.
 
 Read before this file: cpu/few_tiles, matmul_cpu.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from minilora.cpu import amx, few_rows, few_tiles, jobs, tiles
 from minilora.cpu.amx import BLOCK, CONFIG, LINE, NUMBER, SHORT, Code, add_products, configure, release, zero_sums
 from minilora.cpu.few_rows import BYTE, FLOAT, WORD, bias_at, instruction, prefetch
-from minilora.cpu.few_tiles import block_of, packed, run_parts, suits, tiles_beside, write_sums
+from minilora.cpu.few_tiles import block_of, packed, run_parts, tiles_beside, write_sums
 from minilora.cpu.jobs import address, digest_of, in_llvm, part, take, worker
 from minilora.cpu.tiles import lines
 from minilora.qlora import matmul_cpu
@@ -32,7 +32,7 @@ from minilora.qlora.blockwise import Quantized
 from minilora.qlora.matmul_cpu import addresses, decode_units, may_be_decoded, sixteen_times
 
 AT_ONCE = 64  # weights
-FEATURES_A_PIECE = 256  # of 32 rows, in floats 16 KiB: a third of a core's first cache
+FEATURES_A_PIECE = 256  # of 32 rows, 16 KiB: a third of a core's first cache
 POINTERS = "packed", "codebook", "absmax", "codes", "offset", "values", "bias", "y"
 PART = np.dtype([(name, np.int64) for name in (*POINTERS, "block_bits", "out_features")])
 WIDE = ir.VectorType(WORD, AT_ONCE // 2)(list(range(AT_ONCE // 2)))  # sixteen of something, then of anything
@@ -41,17 +41,20 @@ SHORTS = ir.VectorType(SHORT, AT_ONCE // 2)
 
 def fits(x: Tensor, *weights: Quantized) -> bool:
     """Whether these products are for `linears`: in bfloat16, with blocks and rows of whole groups of 64 weights."""
-    if x.dtype != torch.bfloat16 or any(W.block_size % AT_ONCE or W.shape[-1] % AT_ONCE for W in weights):
+    if x.dtype != torch.bfloat16 or x.shape[-1] % AT_ONCE or any(W.block_size % AT_ONCE for W in weights):
         return False
-    return may_be_decoded(x, *weights) and suits(x, min(W.shape[0] for W in weights))
+    return may_be_decoded(x, *weights) and few_tiles.suits(x, min(W.shape[0] for W in weights))
 
 
 def linears(x: Tensor, layers: Sequence[tuple[Quantized, Tensor | None]]) -> list[Tensor]:
     """Compute x Wᵀ + bias for each (W, bias) in bfloat16, where the products fit. No gradients flow.
 
     Raises:
+        ValueError: if codes or units are missing, or for sizes that few_tiles.check_sizes refuses.
         RuntimeError: where there is no AMX.
     """
+    amx.demand()
+    few_tiles.check_sizes(x, [(W.shape[0], W.shape[1]) for W, _ in layers])
     x, ys = x.contiguous(), [x.new_empty(*x.shape[:-1], W.shape[0]) for W, _ in layers]
     biases = [bias if bias is None else bias.contiguous() for _, bias in layers]
     parts = [
@@ -89,7 +92,15 @@ def _product(n_halves: int) -> Any:
                 codebook = numba.carray(address(it.codebook), 16, np.float32)
                 n_blocks = ((it.out_features * job.in_features - 1) >> it.block_bits) + 1
                 first_block = output * job.in_features >> it.block_bits
-                decode_units(it.absmax, it.codes, it.offset, it.values, n_blocks, first_block, units)
+                decode_units(
+                    it.absmax,
+                    it.codes,
+                    it.offset,
+                    it.values,
+                    n_blocks,
+                    first_block,
+                    units[: (BLOCK * job.in_features >> it.block_bits) + 2],
+                )
                 zero_sums()
                 for start in range(0, job.in_features, FEATURES_A_PIECE):
                     width = min(FEATURES_A_PIECE, job.in_features - start)

@@ -68,6 +68,11 @@ def test_a_row_has_the_same_bits_alone_among_others_and_in_any_number_of_threads
         torch.set_num_threads(before)
 
 
+def test_more_rows_than_a_kernel_has_sums_for_are_refused():
+    with pytest.raises(ValueError, match="up to 8 rows, not 9"):
+        few_rows.linear(torch.ones(9, 64, dtype=BFLOAT16), torch.ones(1024, 64, dtype=BFLOAT16))
+
+
 # --- which products it takes
 
 

@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 from guard_page import GUARD
+from jaxtyping import TypeCheckError
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from minilora.cpu import Linear, amx, few_tiles, products
 from minilora.cpu.linear import each
@@ -32,6 +34,9 @@ def test_it_is_the_product_with_each_weight(n_rows, in_features):
     layers = [(whole_numbers(n, in_features), whole_numbers(n) if n % 2 else None) for n in sizes]
     ys = few_tiles.linears(x, layers)
 
+    columns = torch.stack([x, x], 2)[..., 0]  # x again, in pieces, as one token of each text lies
+    for y, again in zip(ys, few_tiles.linears(columns, layers), strict=True):
+        assert torch.equal(y, again)
     for y, (W, bias) in zip(ys, layers, strict=True):
         exact = x.double() @ W.double().T + (0 if bias is None else bias.double())
         assert torch.equal(y, exact.to(BFLOAT16))
@@ -76,6 +81,15 @@ def test_a_row_has_the_same_bits_alone_among_others_and_in_any_number_of_threads
                 assert torch.equal(other, y[-n_rows:, :100])
     finally:
         torch.set_num_threads(before)
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("shape", "W_shape"), [((33, 64), (64, 64)), ((1, 64), (31, 64)), ((1, 1536), (64, 576)), ((1, 48), (64, 48))]
+)
+def test_what_it_would_read_or_write_beyond_is_refused(shape, W_shape):
+    with pytest.raises((ValueError, TypeCheckError), match=r"tiles take up to 32 rows|parameter"):
+        few_tiles.linears(torch.ones(shape, dtype=BFLOAT16), [(torch.ones(W_shape, dtype=BFLOAT16), None)])
 
 
 # --- which products it takes
@@ -190,6 +204,24 @@ def test_gradients_flow_through_each(kind):
     assert torch.equal(x.grad, right)
 
 
+def test_a_gradient_flows_to_whichever_weight_wants_one():
+    layers, x = three(), torch.randn(2, 64).to(BFLOAT16)
+    layers[2].weight.requires_grad_()
+    sum(y.float().sum() for y in each(x, *layers)).backward()
+
+    assert layers[2].weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", [Linear, NF4Linear])
+def test_torch_sees_the_products_of_each_where_it_has_to(kind):
+    layers, x = three(kind), torch.randn(2, 64).to(BFLOAT16)
+    with FlopCounterMode(display=False) as counter:
+        each(x, *layers)
+    assert counter.get_total_flops() == 2 * 2 * 64 * (1024 + 2048 + 1088)
+    with torch.autocast("cpu", BFLOAT16):
+        assert all(y.dtype == BFLOAT16 for y in each(x.float(), *three()))
+
+
 # --- processes
 
 
@@ -206,6 +238,18 @@ def both():
     ys = few_tiles.linears(x, [(W, bias), (W, None)]) + matmul_tiles.linears(x, [(quantized, bias), (quantized, None)])
     return torch.cat(ys)
 """
+
+
+def test_where_a_processor_has_no_amx_the_answer_is_an_error_and_not_the_end_of_the_process(tmp_path, run_program):
+    """Numba for another processor: to compile AMX's instructions for it would abort."""
+    program = """
+        try:
+            both()
+        except RuntimeError as error:
+            print("no AMX" in str(error))
+    """
+    settings = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    assert run_program(BOTH, program, **settings) == "True"
 
 
 @needs_amx
