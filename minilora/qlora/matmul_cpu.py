@@ -67,10 +67,8 @@ def lies_as_expected(quantized: Quantized) -> bool:
     """
     check_complete(quantized)
     units, packed = quantized.absmax, quantized.packed
-    if isinstance(units, NestedAbsmax):
-        bytes_, floats = (packed, units.codes), (units.absmax, units.offset)
-    else:
-        bytes_, floats = (packed,), (units,)
+    bytes_ = (packed, units.codes) if isinstance(units, NestedAbsmax) else (packed,)
+    floats = (units.absmax, units.offset) if isinstance(units, NestedAbsmax) else (units,)
     in_place = all(part.dtype == torch.uint8 and is_in_one_piece(part) for part in bytes_)
     in_place = in_place and all(part.dtype == torch.float32 and is_in_one_piece(part) for part in floats)
     return in_place and len(quantized.shape) == 2 and quantized.block_size in BLOCK_SIZES

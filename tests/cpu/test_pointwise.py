@@ -117,8 +117,8 @@ def test_the_decoders_operations_take_them_where_they_can(dtype, weight_trains, 
     with FlopCounterMode(display=False) if watched else nullcontext():
         y = autograd.swiglu(autograd.rms_norm(x, weight, 1e-5), up)
         y.backward(torch.ones_like(y))
-
-        autograd.rms_norm(x, weight, 1e-5).grad_fn.again()  # as a LoRA layer makes it once more in its backward
+        other = autograd.rms_norm(x, weight, 1e-5)
+        other.grad_fn.again()  # as a LoRA layer makes it once more in its backward
 
     assert seen == called | ({"scaled"} if called else set())
     assert x.grad is not None and up.grad is not None
