@@ -92,6 +92,17 @@ def test_what_it_would_read_or_write_beyond_is_refused(shape, W_shape):
         few_tiles.linears(torch.ones(shape, dtype=BFLOAT16), [(torch.ones(W_shape, dtype=BFLOAT16), None)])
 
 
+def test_the_whole_result_is_asked_for(monkeypatch):
+    """What run is told to expect, in blocks of 32 outputs, is what it holds the workers to."""
+    asked = []
+    monkeypatch.setattr(amx, "is_there", lambda: True)
+    monkeypatch.setattr(few_tiles, "_product", lambda n_halves: None)
+    monkeypatch.setattr(few_tiles, "run", lambda worker, total, *fields: asked.append(total))
+    few_tiles.linears(whole_numbers(1, 64), [(whole_numbers(n, 64), None) for n in (32, 33, 1000)])
+
+    assert asked == [1 + 2 + 32]
+
+
 # --- which products it takes
 
 
@@ -162,7 +173,9 @@ class Doubled(Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("listener", ["hook", "hook before", "hook on all", "own forward", "subclass", "another class"])
+@pytest.mark.parametrize(
+    "listener", ["hook", "hook before", "hook on all", "own forward", "compiled", "subclass", "another class"]
+)
 def test_who_listens_to_a_layers_call_or_changes_it_is_heard(listener, together):
     layers, x = three(), torch.randn(2, 64).to(BFLOAT16)
     plain, heard, handles = [layer(x) for layer in layers], [], []
@@ -174,6 +187,8 @@ def test_who_listens_to_a_layers_call_or_changes_it_is_heard(listener, together)
         handles.append(nn.modules.module.register_module_forward_hook(lambda *given: heard.append(1)))
     elif listener == "own forward":
         layers[1].forward = lambda x: heard.append(1) or plain[1]
+    elif listener == "compiled":
+        layers[1]._compiled_call_impl = lambda x: heard.append(1) or plain[1]  # what layer.compile() puts there
     else:
         if listener == "another class":
             layers[1] = nn.Sequential(layers[1])
