@@ -5,7 +5,7 @@
 The shapes are SmolLM2-135M's: 30 layers of seven weights, and the head over the vocabulary. In bfloat16 torch's
 F.linear, cpu/few_rows and cpu/few_tiles; in 4 bits (double quantization; the head has none) qlora/matmul_cpu and
 qlora/matmul_tiles. "together" multiplies q, k and v in one call, and gate and up. Medians, and the least, of 15 rounds.
-A weight is 270 MB in bfloat16 and 55 MB in 4 bits, so that no cache keeps it from one round to the next.
+All weights take 270 MB in bfloat16 and the layers' 55 MB in 4 bits, so that no near cache keeps them for a round.
 """
 
 import statistics

@@ -60,14 +60,7 @@ def linears(
     """
     amx.demand()
     check_sizes(x, [(len(W), W.shape[1]) for W, _ in layers])
-    x, ys = x.contiguous(), [x.new_empty(*x.shape[:-1], len(W)) for W, _ in layers]
-    biases = [bias if bias is None else bias.contiguous() for _, bias in layers]
-    parts = [
-        (W.data_ptr(), bias_at(bias, y), y.data_ptr(), len(W))
-        for (W, _), bias, y in zip(layers, biases, ys, strict=True)
-    ]
-    run_parts(_product(tiles_beside(x)), x, parts)
-    return ys
+    return multiplied(_product(tiles_beside(x)), x, [((W.data_ptr(),), bias, len(W)) for W, bias in layers])
 
 
 def suits(x: Tensor, out_features: int) -> bool:
@@ -95,18 +88,25 @@ def check_sizes(x: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
         )
 
 
-def run_parts(kernel: Any, x: Tensor, parts: Sequence[tuple[int, ...]]) -> None:
-    """Let torch's threads multiply x, in one piece, by weights of which each says in its last field how many outputs.
+def multiplied(kernel: Any, x: Tensor, weights: Sequence[tuple[tuple[int, ...], Tensor | None, int]]) -> list[Tensor]:
+    """Let torch's threads multiply x by weights: of each what its PART begins with, its bias, and how many outputs.
 
     A thread's share is even, in blocks of 32 outputs; a large one is cut, for a thread may be slow.
     """
-    table = (ctypes.c_int64 * (len(parts) * len(parts[0])))(*(number for fields in parts for number in fields))
-    n_blocks = sum(-(-fields[-1] // BLOCK) for fields in parts)
+    x, n_blocks, parts = x.contiguous(), 0, list[int]()
+    ys, biases = list[Tensor](), list[Tensor | None]()  # kept until all is done
+    for begins_with, bias, out_features in weights:
+        ys.append(x.new_empty(*x.shape[:-1], out_features))
+        biases.append(bias if bias is None else bias.contiguous())
+        parts += (*begins_with, bias_at(biases[-1], ys[-1]), ys[-1].data_ptr(), out_features)
+        n_blocks += -(-out_features // BLOCK)
+    table = (ctypes.c_int64 * len(parts))(*parts)
     share = -(-n_blocks // torch.get_num_threads())
     piece = -(-share // -(-share // MOST_BLOCKS_A_PIECE))
     in_features = x.shape[-1]
-    job = x.data_ptr(), ctypes.addressof(table), len(parts), x.numel() // in_features, in_features, piece
+    job = x.data_ptr(), ctypes.addressof(table), len(ys), x.numel() // in_features, in_features, piece
     run(kernel, n_blocks, *job)
+    return ys
 
 
 @cache

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from minilora.cpu import amx, few_rows, few_tiles, jobs, tiles
 from minilora.cpu.amx import BLOCK, CONFIG, LINE, NUMBER, SHORT, Code, add_products, configure, release, zero_sums
-from minilora.cpu.few_rows import BYTE, FLOAT, WORD, bias_at, instruction, prefetch
-from minilora.cpu.few_tiles import block_of, packed, run_parts, tiles_beside, write_sums
+from minilora.cpu.few_rows import BYTE, FLOAT, WORD, instruction, prefetch
+from minilora.cpu.few_tiles import block_of, multiplied, packed, tiles_beside, write_sums
 from minilora.cpu.jobs import address, digest_of, in_llvm, part, take, worker
 from minilora.cpu.tiles import lines
 from minilora.qlora import matmul_cpu
@@ -33,8 +33,8 @@ from minilora.qlora.matmul_cpu import addresses, decode_units, may_be_decoded, s
 
 AT_ONCE = 64  # weights
 FEATURES_A_PIECE = 256  # of 32 rows, 16 KiB: a third of a core's first cache
-POINTERS = "packed", "codebook", "absmax", "codes", "offset", "values", "bias", "y"
-PART = np.dtype([(name, np.int64) for name in (*POINTERS, "block_bits", "out_features")])
+FIELDS = "packed", "codebook", "absmax", "codes", "offset", "values", "block_bits", "bias", "y", "out_features"
+PART = np.dtype([(name, np.int64) for name in FIELDS])
 WIDE = ir.VectorType(WORD, AT_ONCE // 2)(list(range(AT_ONCE // 2)))  # sixteen of something, then of anything
 SHORTS = ir.VectorType(SHORT, AT_ONCE // 2)
 
@@ -50,19 +50,13 @@ def linears(x: Tensor, layers: Sequence[tuple[Quantized, Tensor | None]]) -> lis
     """Compute x Wᵀ + bias for each (W, bias) in bfloat16, where the products fit. No gradients flow.
 
     Raises:
-        ValueError: if codes or units are missing, or for sizes that few_tiles.check_sizes refuses.
+        ValueError: for sizes that few_tiles.check_sizes refuses.
         RuntimeError: where there is no AMX.
     """
     amx.demand()
     few_tiles.check_sizes(x, [(W.shape[0], W.shape[1]) for W, _ in layers])
-    x, ys = x.contiguous(), [x.new_empty(*x.shape[:-1], W.shape[0]) for W, _ in layers]
-    biases = [bias if bias is None else bias.contiguous() for _, bias in layers]
-    parts = [
-        (*addresses(W), bias_at(bias, y), y.data_ptr(), W.block_size.bit_length() - 1, W.shape[0])
-        for (W, _), bias, y in zip(layers, biases, ys, strict=True)
-    ]
-    run_parts(_product(tiles_beside(x)), x, parts)
-    return ys
+    weights = [((*addresses(W), W.block_size.bit_length() - 1), bias, W.shape[0]) for W, bias in layers]
+    return multiplied(_product(tiles_beside(x)), x, weights)
 
 
 @cache
