@@ -6,9 +6,12 @@ Few rows    Text is generated a token at a time, and each reads every weight: fe
 Many rows   In training, what LoRA adds to a product is a second one into the same result. On processors with AMX tiles
             makes both as one, 1.05 to 2.5 times as fast; the first alone now faster than oneDNN, now slower.
 
-Halves      Where tiles do not suit, oneDNN multiplies 16-bit floats. It cuts a product into pieces of a size that it
-            chooses by the shape, and a core takes a piece; for some hundreds of rows and a narrow result it makes one
-            piece. On two cores, 1,536 → 576 in bfloat16, 1,024 rows go at 0.31 TFLOP/s, and twice 512 at 0.54
+Wide        Where float32 is multiplied faster than bfloat16, as on x86 processors without AMX but for AMD's newest,
+            wide makes the numbers float32 on the way.
+
+Halves      Elsewhere oneDNN multiplies 16-bit floats. It cuts a product into pieces of a size that it chooses by the
+            shape, and a core takes a piece; for some hundreds of rows and a narrow result it makes one piece. On two
+            cores, 1,536 → 576 in bfloat16, 1,024 rows go at 0.31 TFLOP/s, and twice 512 at 0.54
             (benchmarks/products.py). Of the arithmetic of a training step of SmolLM2-135M nearly half has so narrow a
             result.
 """
@@ -67,13 +70,20 @@ def product(
     bias: Float[Tensor, "out"] | None = None,
     plus: tuple[Float[Tensor, "rows r"], Float[Tensor, "r out"]] | None = None,
 ) -> Float[Tensor, "*n out"]:
-    """Compute x W + bias + u B, plus being (u, B), for a W that lies in memory either way. Gradients need not flow."""
-    rows = x.reshape(-1, x.shape[-1])
+    """Compute x W + bias + u B, plus being (u, B), for a W that lies in memory either way. Gradients need not flow.
+
+    W may have the dtype of x, or the one that wide.compute_dtype gives for it.
+    """
+    from minilora.cpu import wide
+
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if are_many(rows, W):
         from minilora.cpu import tiles
 
         if tiles.suit(W):
             return tiles.product(rows, W, bias, plus).view(*x.shape[:-1], W.shape[1])
+    if wide.compute_dtype(rows, *W.shape) != x.dtype:
+        return wide.product(rows, W, bias, plus).view(*x.shape[:-1], W.shape[1])
     if not is_one_piece(rows, W):
         return _added(F.linear(x, W.T, bias), plus)
     y = x.new_empty(len(rows), W.shape[1])

@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.cpu.products import are_bfloat16
+from minilora.cpu.wide import compute_dtype
 
 QUERIES_AT_ONCE = 128  # in attention's backward: their scores, of 9 heads and 1,024 keys, take 2.4 MB in bfloat16
+WIDE_QUERIES_AT_ONCE = 32  # where scores are float32: 1.2 MB
 
 
 class Again:
@@ -193,8 +195,9 @@ def causal_attention(
     dv = pᵀ dy        dp = dy vᵀ        ds = p · (dp − sum(p · dp)) / √head_dim        dq = ds k        dk = dsᵀ q
 
     The forward is torch's fused one. Its backward in 16 bits on a CPU is the slower one (benchmarks/attention.py); this
-    one makes p again for QUERIES_AT_ONCE tokens at a time, with the keys up to the last of them. Scores are rounded to
-    q's dtype, as torch's are not: where they are as large as 20, dq and dk are three times as far from exact.
+    one makes p again for some tokens at a time, with the keys up to the last of them. Scores are rounded to q's dtype,
+    as torch's are not: where they are as large as 20, dq and dk are three times as far from exact. They are float32
+    where that is the faster (cpu/wide).
     """
     return _CausalAttention.apply(q, k, v)
 
@@ -210,13 +213,15 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
         (batch, heads, seq, head_dim), kv_heads = q.shape, k.shape[1]
-        scale, wide = 1 / math.sqrt(head_dim), torch.promote_types(q.dtype, torch.float32)
+        scale, dtype, wide = 1 / math.sqrt(head_dim), q.dtype, torch.promote_types(q.dtype, torch.float32)
+        q, k, v, dy = (t.to(compute_dtype(t, seq, head_dim)) for t in (q, k, v, dy))
+        at_once = QUERIES_AT_ONCE if q.dtype == dtype else WIDE_QUERIES_AT_ONCE
         group = (batch * kv_heads, heads // kv_heads, seq, head_dim)  # the query heads that share a key head
         grouped_q, grouped_dy = (q * scale).reshape(group), dy.reshape(group)
         k, v = k.flatten(0, 1), v.flatten(0, 1)  # (batch · kv_heads, seq, head_dim)
         dq, dk, dv = torch.empty_like(grouped_q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for start in range(0, seq, QUERIES_AT_ONCE):
-            stop = min(start + QUERIES_AT_ONCE, seq)
+        for start in range(0, seq, at_once):
+            stop = min(start + at_once, seq)
             block_q, block_dy = (t[:, :, start:stop].flatten(1, 2) for t in (grouped_q, grouped_dy))
             scores = block_q @ k[:, :stop].mT  # (batch · kv_heads, heads / kv_heads · queries, stop)
             scores.unflatten(1, (-1, stop - start))[..., start:] += _future(stop - start, scores)
@@ -226,7 +231,7 @@ class _CausalAttention(torch.autograd.Function):
             dk[:, :stop] += ds.mT @ block_q
             dq[:, :, start:stop] = (ds @ k[:, :stop]).mul_(scale).unflatten(1, (-1, stop - start))
         kv_shape = (batch, kv_heads, seq, head_dim)
-        return dq.view(q.shape), dk.to(q.dtype).view(kv_shape), dv.to(q.dtype).view(kv_shape)
+        return dq.view(q.shape).to(dtype), dk.to(dtype).view(kv_shape), dv.to(dtype).view(kv_shape)
 
 
 def _future(n: int, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minilora.cpu.products import product
+from minilora.cpu.wide import compute_dtype
 from minilora.qlora import blockwise
 from minilora.qlora.blockwise import Quantized
 from minilora.qlora.codebooks import NF4, Codebook
@@ -59,7 +60,7 @@ def linear(x: Tensor, quantized: Quantized, bias: Tensor | None = None) -> Tenso
         from minilora.qlora import matmul_gpu
 
         return matmul_gpu.linear(x, quantized, bias)
-    return product(x, dequantize(quantized, x.dtype).T, bias)
+    return product(x, dequantize(quantized, compute_dtype(x, *quantized.shape)).T, bias)
 
 
 def linears(x: Tensor, layers: Sequence[tuple[Quantized, Tensor | None]]) -> list[Tensor]:
@@ -78,7 +79,7 @@ def linear_backward(dy: Tensor, quantized: Quantized) -> Tensor:
         from minilora.qlora import matmul_gpu
 
         return matmul_gpu.linear_backward(dy, quantized)
-    return product(dy, dequantize(quantized, dy.dtype))
+    return product(dy, dequantize(quantized, compute_dtype(dy, *quantized.shape)))
 
 
 def multiplies_in_4_bits(x: Tensor) -> bool:

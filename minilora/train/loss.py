@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minilora.cpu import Linear
-from minilora.cpu.products import linear
+from minilora.cpu.products import linear, product
 from minilora.llm.model import Transformer
 from minilora.llm.sizes import LOSS_CHUNK_TOKENS
 from minilora.train.data import IGNORED, Batch
@@ -98,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dlogits = linear(hidden[chunk], weight)  # the logits, as yet
             loss += cross_entropy_(dlogits, targets[chunk], to_gradient=wants_hidden or wants_weight)
             if dhidden is not None:
-                dhidden[chunk] = dlogits @ weight
+                dhidden[chunk] = product(dlogits, weight)
             if dweight is not None:
                 dweight += dlogits.T @ hidden[chunk]
             del dlogits  # or they would still be there while the next chunk's are made

@@ -1,0 +1,83 @@
+"""Products of bfloat16 by torch in float32, on processors that multiply float32 faster.
+
+bfloat16 halves what memory has to bring. It halves the work too only where the processor has fast instructions for it,
+as with AMX (and AVX-512 in AMD's Zen 4 and later, by its tables). Intel's AVX-512 instruction for it makes half as many
+products a second as float32's; and where there is none, torch converts each number as often as it is used. 1,024 rows
+times a weight of 576 → 1,536 on two cores, x Wᵀ and dy W in turn, conversions included:
+
+                    AVX-512 with bfloat16      AVX-512 without      AVX2
+    in bfloat16         11 ms,  11 ms           31 ms,  30 ms       77 ms, 743 ms
+    in float32           7 ms,   7 ms            6 ms,   7 ms       13 ms,  12 ms
+
+(benchmarks/wide.py; for the last two columns torch was told not to use the instructions.) To make a bfloat16 float32
+is exact, and the result is rounded once. What is float32 on the way is small and stays in the caches: some rows at a
+time, and of a weight as large as a vocabulary's head some outputs, or features.
+"""
+
+import platform
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from llvmlite import binding
+from torch import Tensor
+
+from minilora.cpu.products import PLAIN, is_watched
+
+MANY_ROWS = 64  # with fewer, the conversions take about as long as they save
+ROWS_AT_ONCE = 256
+WEIGHTS_AT_ONCE = 2**20  # 4 MB
+NARROW = 32  # in or out features, as LoRA's factors have: then the conversions take longer than they save
+
+
+def compute_dtype(x: Tensor, *weight_shape: int) -> torch.dtype:
+    """The dtype in which x is multiplied fastest by a weight of this shape: its own, or float32 for one of bfloat16."""
+    if x.dtype != torch.bfloat16 or not x.is_cpu or type(x) not in PLAIN or is_watched():
+        return x.dtype
+    many = x.numel() >= MANY_ROWS * x.shape[-1] and min(weight_shape) > NARROW
+    return torch.float32 if is_emulated() or (many and is_slow()) else x.dtype
+
+
+@cache
+def is_slow() -> bool:
+    """Whether the processor multiplies bfloat16 more slowly than float32: known of x86 alone."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    has, is_zen = binding.get_host_cpu_features().get, binding.get_host_cpu_name().startswith("znver")
+    return not has("amx-bf16") and not (has("avx512bf16") and is_zen)
+
+
+@cache
+def is_emulated() -> bool:
+    """Whether the processor has no instruction at all that multiplies bfloat16."""
+    return is_slow() and not binding.get_host_cpu_features().get("avx512bf16")
+
+
+def product(
+    x: Float[Tensor, "rows in"],
+    W: Float[Tensor, "in out"],
+    bias: Float[Tensor, "out"] | None = None,
+    plus: tuple[Float[Tensor, "rows r"], Float[Tensor, "r out"]] | None = None,
+) -> Float[Tensor, "rows out"]:
+    """Compute x W + bias + u B in float32, plus being (u, B), and round it to x's dtype. W may be float32 already."""
+    in_features, out_features = W.shape
+    longer_side_at_once = max(1, WEIGHTS_AT_ONCE // max(1, min(W.shape)))
+    by_outputs = out_features >= in_features
+    W = W.float() if W.numel() <= WEIGHTS_AT_ONCE else W
+    y = x.new_empty(len(x), out_features)
+    for rows in parts(len(x), ROWS_AT_ONCE):
+        wide_x = x[rows].float()
+        for outputs in parts(out_features, longer_side_at_once if by_outputs else out_features):
+            sums = wide_x.new_zeros(()) if bias is None else bias[outputs].float()
+            sums = sums.expand(len(wide_x), y[:, outputs].shape[1])
+            if plus is not None:
+                sums = torch.addmm(sums, plus[0][rows].float(), plus[1][:, outputs].float())
+            for features in parts(in_features, in_features if by_outputs else longer_side_at_once):
+                sums = torch.addmm(sums, wide_x[:, features], W[features, outputs].float())
+            y[rows, outputs] = sums
+    return y
+
+
+def parts(total: int, at_once: int) -> list[slice]:
+    """Cut a length into slices of so many, and a rest."""
+    return [slice(start, start + at_once) for start in range(0, total, max(1, at_once))]
