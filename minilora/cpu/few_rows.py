@@ -50,11 +50,11 @@ def linear(
     Raises:
         ValueError: for more than 8 rows.
     """
-    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], len(W))
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], W.shape[0])
     bias = bias if bias is None else bias.contiguous()
     n_rows = x.numel() // x.shape[-1]
     pointers = (x.data_ptr(), W.data_ptr(), bias_at(bias, y), y.data_ptr())
-    run(_product(padded(n_rows)), len(W), *pointers, n_rows, *W.shape)
+    run(_product(padded(n_rows)), W.shape[0], *pointers, n_rows, *W.shape)
     return y
 
 

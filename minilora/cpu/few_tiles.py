@@ -59,8 +59,8 @@ def linears(
         RuntimeError: where there is no AMX.
     """
     amx.demand()
-    check_sizes(x, [(len(W), W.shape[1]) for W, _ in layers])
-    return multiplied(_product(tiles_beside(x)), x, [((W.data_ptr(),), bias, len(W)) for W, bias in layers])
+    check_sizes(x, [(W.shape[0], W.shape[1]) for W, _ in layers])
+    return multiplied(_product(tiles_beside(x)), x, [((W.data_ptr(),), bias, W.shape[0]) for W, bias in layers])
 
 
 def suits(x: Tensor, out_features: int) -> bool:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minilora.cpu import products
+from minilora.cpu.wide import compute_dtype
 
 
 class Linear(nn.Linear):
@@ -18,6 +19,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
         if self.has_gradients(x):
+            if self.is_frozen() and compute_dtype(x, *self.weight.shape) != x.dtype:
+                return _FrozenProduct.apply(x, self.weight, self.bias)
             return super().forward(x)
         return products.linear(x, self.weight, self.bias)
 
@@ -30,8 +33,25 @@ class Linear(nn.Linear):
 
     def has_gradients(self, x: Tensor) -> bool:
         """Whether autograd has to see the product with x."""
-        bias = self.bias is not None and self.bias.requires_grad
-        return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad or bias)
+        return torch.is_grad_enabled() and (x.requires_grad or not self.is_frozen())
+
+    def is_frozen(self) -> bool:
+        """Whether nothing in it trains."""
+        return not any(p is not None and p.requires_grad for p in (self.weight, self.bias))
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x Wᵀ + bias, with a gradient to x alone, where torch multiplies x more slowly than cpu/wide does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return products.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return products.product(dy, weight), None, None
 
 
 def each(x: Float[Tensor, "*n in"], *layers: nn.Module) -> list[Float[Tensor, "*n _"]]:

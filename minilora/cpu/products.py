@@ -44,7 +44,7 @@ def linear(
     if x.dtype == torch.bfloat16 and are_few(x, W):
         from minilora.cpu import few_rows, few_tiles
 
-        if few_tiles.suits(x, len(W)):
+        if few_tiles.suits(x, W.shape[0]):
             return _added(few_tiles.linears(x, [(W, bias)])[0], plus)
         if few_rows.suits(x):
             return _added(few_rows.linear(x, W, bias), plus)
@@ -59,7 +59,7 @@ def linears(
     if x.dtype == torch.bfloat16 and are_few(x, *weights):
         from minilora.cpu import few_tiles
 
-        if few_tiles.suits(x, min(map(len, weights))):
+        if few_tiles.suits(x, min(W.shape[0] for W in weights)):
             return few_tiles.linears(x, layers)
     return [linear(x, W, bias) for W, bias in layers]
 
@@ -82,7 +82,7 @@ def product(
 
         if tiles.suit(W):
             return tiles.product(rows, W, bias, plus).view(*x.shape[:-1], W.shape[1])
-    if wide.compute_dtype(rows, *W.shape) != x.dtype:
+    if type(W) in PLAIN and wide.compute_dtype(rows, *W.shape) != x.dtype:
         return wide.product(rows, W, bias, plus).view(*x.shape[:-1], W.shape[1])
     if not is_one_piece(rows, W):
         return _added(F.linear(x, W.T, bias), plus)
@@ -101,7 +101,7 @@ def _added(y: Tensor, plus: tuple[Tensor, Tensor] | None) -> Tensor:
 def are_few(x: Tensor, *weights: Tensor) -> bool:
     """Whether products of x with these weights, each (out, in) in one piece and of x's dtype, are of few rows."""
     alike = all(W.dtype == x.dtype and is_in_one_piece(W) and W.shape[1] == weights[0].shape[1] for W in weights)
-    return alike and may_be_few(x, sum(map(len, weights)), weights[0].shape[1])
+    return alike and may_be_few(x, sum(W.shape[0] for W in weights), weights[0].shape[1])
 
 
 def may_be_few(x: Tensor, out_features: int, in_features: int) -> bool:

@@ -19,12 +19,12 @@ from functools import cache
 
 import torch
 from jaxtyping import Float
-from llvmlite import binding
 from torch import Tensor
 
 from minilora.cpu.products import PLAIN, is_watched
 
 MANY_ROWS = 64  # with fewer, the conversions take about as long as they save
+SOME_ROWS = 8  # the same, where bfloat16 is emulated
 ROWS_AT_ONCE = 256
 WEIGHTS_AT_ONCE = 2**20  # 4 MB
 NARROW = 32  # in or out features, as LoRA's factors have: then the conversions take longer than they save
@@ -35,7 +35,8 @@ def compute_dtype(x: Tensor, *weight_shape: int) -> torch.dtype:
     if x.dtype != torch.bfloat16 or not x.is_cpu or type(x) not in PLAIN or is_watched():
         return x.dtype
     many = x.numel() >= MANY_ROWS * x.shape[-1] and min(weight_shape) > NARROW
-    return torch.float32 if is_emulated() or (many and is_slow()) else x.dtype
+    some = x.numel() >= SOME_ROWS * x.shape[-1]
+    return torch.float32 if (many and is_slow()) or (some and is_emulated()) else x.dtype
 
 
 @cache
@@ -43,6 +44,8 @@ def is_slow() -> bool:
     """Whether the processor multiplies bfloat16 more slowly than float32: known of x86 alone."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
+    from llvmlite import binding
+
     has, is_zen = binding.get_host_cpu_features().get, binding.get_host_cpu_name().startswith("znver")
     return not has("amx-bf16") and not (has("avx512bf16") and is_zen)
 
@@ -50,6 +53,8 @@ def is_slow() -> bool:
 @cache
 def is_emulated() -> bool:
     """Whether the processor has no instruction at all that multiplies bfloat16."""
+    from llvmlite import binding
+
     return is_slow() and not binding.get_host_cpu_features().get("avx512bf16")
 
 
@@ -59,21 +64,29 @@ def product(
     bias: Float[Tensor, "out"] | None = None,
     plus: tuple[Float[Tensor, "rows r"], Float[Tensor, "r out"]] | None = None,
 ) -> Float[Tensor, "rows out"]:
-    """Compute x W + bias + u B in float32, plus being (u, B), and round it to x's dtype. W may be float32 already."""
+    """Compute x W + bias + u B in float32, plus being (u, B), and round it to x's dtype. W may be float32 already.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    u, B = (x[:, :0], W[:0]) if plus is None else plus
+    fit = x.shape[1] == len(W) and u.shape == (len(x), len(B)) and B.shape[1:] == W.shape[1:]
+    if not fit or (bias is not None and bias.shape != W.shape[1:]):
+        shapes = [tuple(t.shape) for t in (x, W, bias, u, B) if t is not None]
+        raise ValueError(f"x W + bias + u B cannot be made of shapes {shapes}")
     in_features, out_features = W.shape
     longer_side_at_once = max(1, WEIGHTS_AT_ONCE // max(1, min(W.shape)))
     by_outputs = out_features >= in_features
     W = W.float() if W.numel() <= WEIGHTS_AT_ONCE else W
     y = x.new_empty(len(x), out_features)
     for rows in parts(len(x), ROWS_AT_ONCE):
-        wide_x = x[rows].float()
+        some_x = x[rows].float() if by_outputs else x[rows]
         for outputs in parts(out_features, longer_side_at_once if by_outputs else out_features):
-            sums = wide_x.new_zeros(()) if bias is None else bias[outputs].float()
-            sums = sums.expand(len(wide_x), y[:, outputs].shape[1])
-            if plus is not None:
-                sums = torch.addmm(sums, plus[0][rows].float(), plus[1][:, outputs].float())
+            sums = u[rows].float() @ B[:, outputs].float()
+            if bias is not None:
+                sums += bias[outputs]
             for features in parts(in_features, in_features if by_outputs else longer_side_at_once):
-                sums = torch.addmm(sums, wide_x[:, features], W[features, outputs].float())
+                sums.addmm_(some_x[:, features].float(), W[features, outputs].float())
             y[rows, outputs] = sums
     return y
 

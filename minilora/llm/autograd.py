@@ -214,8 +214,9 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         (batch, heads, seq, head_dim), kv_heads = q.shape, k.shape[1]
         scale, dtype, wide = 1 / math.sqrt(head_dim), q.dtype, torch.promote_types(q.dtype, torch.float32)
-        q, k, v, dy = (t.to(compute_dtype(t, seq, head_dim)) for t in (q, k, v, dy))
-        at_once = QUERIES_AT_ONCE if q.dtype == dtype else WIDE_QUERIES_AT_ONCE
+        chosen = compute_dtype(q, seq, head_dim)
+        q, k, v, dy = (t.to(chosen) for t in (q, k, v, dy))
+        at_once = QUERIES_AT_ONCE if chosen == dtype else WIDE_QUERIES_AT_ONCE
         group = (batch * kv_heads, heads // kv_heads, seq, head_dim)  # the query heads that share a key head
         grouped_q, grouped_dy = (q * scale).reshape(group), dy.reshape(group)
         k, v = k.flatten(0, 1), v.flatten(0, 1)  # (batch · kv_heads, seq, head_dim)

@@ -25,12 +25,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minilora.cpu import Linear, each
+from minilora.cpu.products import are_bfloat16
 from minilora.llm import autograd
 from minilora.llm.checkpointing import recomputed
 from minilora.llm.config import ModelConfig
 from minilora.llm.prefix import apart, together
 
 MOST_BYTES_A_NUMBER = 2  # wider than bfloat16, torch's own backward of attention is the faster: benchmarks/attention.py
+MOST_TOKENS = 4096  # of all rows: with more in the cache torch's attention is the faster, with its other operations
 Rotation = tuple[Float[Tensor, "rows seq head_dim"], Float[Tensor, "rows seq head_dim"]]  # as rotation_of gives it
 
 
@@ -133,19 +135,39 @@ class KVCache:
     ) -> tuple[Float[Tensor, "batch kv_heads total head_dim"], Float[Tensor, "batch kv_heads total head_dim"]]:
         """Write one layer's new keys and values behind the old ones and return all of them."""
         end = self.length + keys.shape[2]
-        if end > self.max_tokens:
-            raise ValueError(f"the cache was made for {self.max_tokens} tokens and {end} are needed: make it larger")
         if layer == 0 and self.length == 0:
             batch, kv_heads, _, head_dim = keys.shape
             self._kept = keys.new_empty(self.n_layers, 2, batch, kv_heads, self.max_tokens, head_dim)
-        kept_keys, kept_values = self._kept[layer, 0], self._kept[layer, 1]  # (batch, kv_heads, max_tokens, head_dim)
+        kept_keys, kept_values = self.room(layer, keys.shape[2])
         kept_keys[:, :, self.length : end] = keys
         kept_values[:, :, self.length : end] = values
         return kept_keys[:, :, :end], kept_values[:, :, :end]
 
+    def room(
+        self, layer: int, n: int
+    ) -> tuple[
+        Float[Tensor, "batch kv_heads max_tokens head_dim"], Float[Tensor, "batch kv_heads max_tokens head_dim"]
+    ]:
+        """Where one layer's keys and its values are kept, with room for `n` more behind the old ones.
+
+        Raises:
+            ValueError: if there is no such room.
+        """
+        if self.length + n > self.max_tokens:
+            needed = self.length + n
+            raise ValueError(f"the cache was made for {self.max_tokens} tokens and {needed} are needed: make it larger")
+        return self._kept[layer, 0], self._kept[layer, 1]
+
     def keep_rows(self, rows: list[int]) -> None:
         """Forget all rows of the batch but these. In place."""
         self._kept = self._kept[:, :, rows]
+
+
+def is_one_token(cache: KVCache, *projected: Float[Tensor, "batch seq _"]) -> bool:
+    """Whether a new token a row is read, as generating text does it, where cpu/one_token is faster than torch."""
+    batch, seq, _ = projected[0].shape
+    usual = seq == 1 and 0 < batch * cache.length <= MOST_TOKENS
+    return usual and are_bfloat16(*projected) and not any(t.requires_grad for t in projected)
 
 
 def causal_mask(seq: int, past: int, device: torch.device) -> Bool[Tensor, "seq total"]:
@@ -201,6 +223,10 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "batch 1 seq total"] | None,
         cache: KVCache | None,
     ) -> Float[Tensor, "batch seq q_features"]:
+        if cache is not None and is_one_token(cache, q, k, v):
+            from minilora.cpu import one_token
+
+            return one_token.attention(q, k, v, rotation, *cache.room(self.layer, 1), cache.length, mask)
         q = rotate(self._split_heads(q), rotation)  # (batch, heads, seq, head_dim)
         k = rotate(self._split_heads(k), rotation)  # (batch, kv_heads, seq, head_dim)
         v = self._split_heads(v)

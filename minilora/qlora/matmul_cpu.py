@@ -50,7 +50,7 @@ JOB = np.dtype([(name, np.int64) for name in ("taken", *POINTERS, *SIZES)])
 
 def fits(x: Tensor, quantized: Quantized) -> bool:
     """Whether a product is one for `linear`."""
-    return x.dtype in NUMBERS and may_be_decoded(x, quantized) and suits(x)
+    return x.dtype in NUMBERS and suits(x) and may_be_decoded(x, quantized)
 
 
 def may_be_decoded(x: Tensor, *weights: Quantized) -> bool:

@@ -43,7 +43,7 @@ def fits(x: Tensor, *weights: Quantized) -> bool:
     """Whether these products are for `linears`: in bfloat16, with blocks and rows of whole groups of 64 weights."""
     if x.dtype != torch.bfloat16 or x.shape[-1] % AT_ONCE or any(W.block_size % AT_ONCE for W in weights):
         return False
-    return may_be_decoded(x, *weights) and few_tiles.suits(x, min(W.shape[0] for W in weights))
+    return few_tiles.suits(x, min(W.shape[0] for W in weights)) and may_be_decoded(x, *weights)
 
 
 def linears(x: Tensor, layers: Sequence[tuple[Quantized, Tensor | None]]) -> list[Tensor]:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.cpu.products import FEW_ROWS, linear, product
+from minilora.cpu.products import linear, product
 from minilora.cpu.wide import compute_dtype
 
 
@@ -36,9 +36,10 @@ def lora_linear(
 ) -> Float[Tensor, "*n out"]:
     """base(x) + scaling · (x Aᵀ) Bᵀ, with gradients to x, A and B, for a frozen base that computes x Wᵀ + bias.
 
-    `weight` is its W, used with base.bias; None for a base that stores no floats. That is called for few rows, without
-    gradients; for many base.dense_weight(dtype) is asked for W, and in the backward, but only if x wants a gradient.
-    Gradients of gradients raise a RuntimeError, and so does a backward after `weight` was changed in place.
+    `weight` is its W, used with base.bias; None for a base that stores no floats: that is called, without gradients,
+    and base.dense_weight(dtype) is asked for W in the backward, but only if x wants a gradient. Where the product is
+    made faster in another dtype than x's (cpu/wide) it is asked in the forward too, and not called. Gradients of
+    gradients raise a RuntimeError, and so does a backward after `weight` was changed in place.
     """
     return _LoRALinear.apply(x, A, B, scaling, base, weight)
 
@@ -48,12 +49,14 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Any, weight: Tensor | None) -> Tensor:
         u = scaling * product(_rows(x), A.to(x.dtype).T)
         update = u, B.to(x.dtype).T
-        if weight is None and len(u) <= FEW_ROWS:
-            y = base(x).contiguous()  # it may have a way to multiply that makes no floats
+        if weight is not None:
+            y = linear(x, weight, base.bias, update)
+        elif _compute_dtype(base, x) == x.dtype:
+            y = base(x).contiguous()
             y.view(-1, y.shape[-1]).addmm_(*update)
         else:
             bias = None if base.bias is None else base.bias.to(x.dtype)
-            y = linear(x, _floats(base, x) if weight is None else weight, bias, update)
+            y = linear(x, base.dense_weight(_compute_dtype(base, x)), bias, update)
         ctx.x_again = getattr(x.grad_fn, "again", None)
         ctx.save_for_backward(None if ctx.x_again else x, u, A, B, weight)
         ctx.scaling, ctx.base = scaling, base
@@ -69,7 +72,7 @@ class _LoRALinear(torch.autograd.Function):
         du = ctx.scaling * product(dy, B.to(dy.dtype))
         dx = None
         if ctx.needs_input_grad[0]:
-            W = _floats(ctx.base, dy) if weight is None else weight
+            W = ctx.base.dense_weight(_compute_dtype(ctx.base, dy)) if weight is None else weight
             dx = product(dy, W, None, (du, A.to(dy.dtype))).view(x.shape)
         dB = product(u.T, dy).T  # dy.T @ u, which torch multiplies more slowly on a CPU
         return dx, product(du.T, _rows(x)), dB, None, None, None  # autograd casts them to the dtype of A and B
@@ -79,6 +82,5 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _floats(base: Any, x: Tensor) -> Tensor:
-    """The base's weight, in the dtype in which x is multiplied by it."""
-    return base.dense_weight(compute_dtype(x, base.out_features, base.in_features))
+def _compute_dtype(base: Any, x: Tensor) -> torch.dtype:
+    return compute_dtype(x, base.out_features, base.in_features)

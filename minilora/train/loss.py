@@ -100,7 +100,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if dhidden is not None:
                 dhidden[chunk] = product(dlogits, weight)
             if dweight is not None:
-                dweight += dlogits.T @ hidden[chunk]
+                dweight += product(dlogits.T, hidden[chunk])
             del dlogits  # or they would still be there while the next chunk's are made
         ctx.save_for_backward(dhidden, dweight)
         ctx.n, ctx.dtypes = len(targets), (hidden.dtype, weight.dtype)

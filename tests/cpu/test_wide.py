@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from llvmlite import binding
 from torch import nn
 
-from minilora.cpu import products, wide
+from minilora.cpu import Linear, products, wide
 from minilora.llm import autograd
 from minilora.qlora import NF4Linear, QLoRALinear
 from minilora.torch_lora import LoRALinear
@@ -47,8 +48,10 @@ def test_it_is_the_product(shape, with_bias, r, weights_at_once, monkeypatch):
 
 
 @pytest.mark.parametrize("wide_weight", [True, False])
-def test_it_is_rounded_once(wide_weight):
+@pytest.mark.parametrize("weights_at_once", [2**9, 2**20])
+def test_it_is_rounded_once(wide_weight, weights_at_once, monkeypatch):
     """float32's own sums are off by up to n · 2⁻²⁴ of their terms: less than a rounding to bfloat16, 2⁻⁸, by far."""
+    monkeypatch.setattr(wide, "WEIGHTS_AT_ONCE", weights_at_once)
     torch.manual_seed(0)
     n_in = 300
     x, W, u, B = (torch.randn(size).bfloat16() for size in ((50, n_in), (n_in, 40), (50, 8), (8, 40)))
@@ -57,6 +60,20 @@ def test_it_is_rounded_once(wide_weight):
     of_sums = (n_in + 8) * 2**-24 * (x.double().abs() @ W.double().abs() + u.double().abs() @ B.double().abs())
 
     assert ((wide.product(x, W, None, (u, B)).double() - exact).abs() <= 2**-8 * exact.abs() + 1.01 * of_sums).all()
+
+
+class Subclass(torch.Tensor):
+    """Its numbers may lie anywhere."""
+
+
+@pytest.mark.parametrize("change", ["x", "bias", "u", "B"])
+@pytest.mark.parametrize(("n_in", "n_out"), [(40, 60), (60, 40)])
+def test_shapes_that_do_not_fit_are_refused(change, n_in, n_out):
+    sizes = {"x": (70, n_in), "W": (n_in, n_out), "bias": (n_out,), "u": (70, 4), "B": (4, n_out)}
+    sizes[change] = (*sizes[change][:-1], sizes[change][-1] + 5)
+    x, W, bias, u, B = (torch.ones(size).bfloat16() for size in sizes.values())
+    with pytest.raises(ValueError, match=r"cannot be made of shapes \[\(70"):
+        wide.product(x, W, bias, (u, B))
 
 
 @pytest.mark.parametrize(
@@ -73,8 +90,8 @@ def test_it_is_rounded_once(wide_weight):
 )
 def test_which_processors_are_slow(name, features, slow, emulated, monkeypatch):
     monkeypatch.setattr(wide.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(wide.binding, "get_host_cpu_name", lambda: name)
-    monkeypatch.setattr(wide.binding, "get_host_cpu_features", lambda: features)
+    monkeypatch.setattr(binding, "get_host_cpu_name", lambda: name)
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: features)
     monkeypatch.setattr(wide, "is_slow", wide.is_slow.__wrapped__)
     assert (wide.is_slow(), wide.is_emulated.__wrapped__()) == (slow, emulated)
 
@@ -87,6 +104,8 @@ def test_which_processors_are_slow(name, features, slow, emulated, monkeypatch):
     [
         (64, (33, 33), torch.float32, torch.float32),
         (63, (33, 33), torch.bfloat16, torch.float32),
+        (8, (33, 33), torch.bfloat16, torch.float32),
+        (7, (33, 33), torch.bfloat16, torch.bfloat16),
         (64, (32, 400), torch.bfloat16, torch.float32),
         (64, (400, 32), torch.bfloat16, torch.float32),
     ],
@@ -103,6 +122,8 @@ def test_which_products_are_made_in_float32(rows, shape, where_slow, where_emula
         assert wide.compute_dtype(x, *shape) == expected
         assert wide.compute_dtype(x.half(), *shape) == torch.float16
         assert wide.compute_dtype(x.double(), *shape) == torch.float64
+        assert wide.compute_dtype(x.to("meta"), *shape) == torch.bfloat16
+        assert wide.compute_dtype(x.as_subclass(Subclass), *shape) == torch.bfloat16
         with torch.autocast("cpu", torch.bfloat16):
             assert wide.compute_dtype(x, *shape) == torch.bfloat16
 
@@ -124,6 +145,39 @@ def test_every_large_product_of_a_training_step_goes_there(slow_processor, calls
     assert calls == 2 * [(96, 500), (500, 96)]
 
 
+def test_frozen_layers_without_an_adapter_go_there_too(slow_processor, calls):
+    """And what they give is what a layer of torch's gives, but for a rounding on either side."""
+    torch.manual_seed(0)
+    layer = Linear(96, 64).bfloat16().requires_grad_(False)
+    x = torch.randn(2, 70, 96).bfloat16()
+    y, dx = gradients(layer, x)
+    assert calls == [(96, 64), (64, 96)]
+    right = gradients(nn.functional.linear, x.double(), layer.weight.double(), layer.bias.double())
+    for mine, other in zip((y, dx), right[:2], strict=True):
+        assert (mine.double() - other).norm() <= 2**-8 * other.norm()
+
+    calls.clear()
+    gradients(LoRALinear(Linear(96, 64).bfloat16(), r=40, alpha=8, dropout=0.1), x)
+    assert calls == [(96, 64), (64, 96)]
+
+    calls.clear()
+    layer.bias.requires_grad_()
+    gradients(layer, x)
+    assert calls == []
+
+
+def test_a_bias_of_another_dtype_over_4_bits(slow_processor):
+    layer = QLoRALinear(nn.Linear(96, 64), r=8, alpha=8)
+    assert layer.base.bias.dtype == torch.float32
+    assert layer(torch.randn(70, 96).bfloat16()).dtype == torch.bfloat16
+
+
+def test_attention_with_one_key_head_for_few_tokens(slow_processor):
+    """So few that its keys alone would not be made float32."""
+    q, k = torch.randn(1, 9, 40, 64).bfloat16(), torch.randn(1, 1, 40, 64).bfloat16()
+    assert all(grad.dtype == torch.bfloat16 for grad in gradients(autograd.causal_attention, q, k, k))
+
+
 def gradients(function, *inputs):
     inputs = [t.detach().requires_grad_() for t in inputs]
     y = function(*inputs)
@@ -133,7 +187,7 @@ def gradients(function, *inputs):
 
 @pytest.mark.parametrize("wrap", [LoRALinear, QLoRALinear])
 def test_a_layer_is_at_most_as_far_from_exact_as_its_roundings(wrap, slow_processor):
-    """On the way to each result two numbers are rounded to bfloat16, by up to 2⁻⁸ each; NF4's weight is not."""
+    """On the way to each result two numbers are rounded to bfloat16, by up to 2⁻⁸ each."""
     torch.manual_seed(0)
     layer = wrap(nn.Linear(96, 64).bfloat16(), r=8, alpha=11)
     nn.init.normal_(layer.B, std=0.3)
