@@ -231,7 +231,7 @@ def _reasons(setup: Setup) -> dict[str, str]:
         "gradients": f"{setup.dtype}, of all parameters" if setup.is_full else "fp32, of A and B",
         "optimizer": "two moments in 8 bits" if setup.optimizer == "adamw-8bit" else "two moments in fp32",
         "master": "the optimizer updates this, and rounds it to the weights",
-        "activations": "kept for the backward pass:",
+        "activations": "kept for the backward pass, or alive beside it:",
         "logits": f"{min(setup.n_tokens, LOSS_CHUNK_TOKENS):,} tokens at a time × the vocabulary:",
     }
 

@@ -195,7 +195,10 @@ def optimizer_bytes(shapes: Iterable[Shape], optimizer: str) -> int:
 
 
 def weight_bytes(arch: Architecture, method: str, dtype: str) -> int:
-    """The bytes of the model's own weights. QLoRA stores every linear layer but the head in 4 bits, targeted or not."""
+    """The bytes of the model's own weights. QLoRA: every linear layer but the head in 4 bits.
+
+    So it is where all of them are targets, as `minilora train` makes them; what `inject` is not told to wrap stays.
+    """
     if _known("method", method, METHODS) != "qlora":
         return base_params(arch) * _width_bytes(dtype)
     rest = base_params(arch) - linear_weights(arch)

@@ -35,7 +35,13 @@ def quantize(w: Tensor, codebook: Codebook = NF4, block_size: int = 64, *, doubl
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Turn 4 bits back into weights: blockwise.dequantize, fast."""
+    """Turn 4 bits back into weights: blockwise.dequantize, fast.
+
+    Raises:
+        ValueError: for a dtype that holds no fractions.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"weights are fractions, which {dtype} does not hold: choose a floating-point dtype")
     if quantized.packed.device.type == "cpu":
         from minilora.qlora import kernels_cpu
 

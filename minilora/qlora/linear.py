@@ -92,13 +92,14 @@ class NF4Linear(nn.Module):
         return Quantized(self.packed, absmax, self.codebook, self.block_size, shape)
 
     def get_extra_state(self) -> Tensor:
-        """What the bytes mean, to lie beside them in a state dict: "nf4, block_size=64", as bytes itself."""
-        return torch.tensor(list(f"{self.codebook.name}, block_size={self.block_size}".encode()), dtype=torch.uint8)
+        """What the bytes mean, to lie beside them in a state dict: "nf4, block_size=64, 32 × 64", as bytes itself."""
+        text = f"{self.codebook.name}, block_size={self.block_size}, {self.out_features} × {self.in_features}"
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """
         Raises:
-            ValueError: if bytes that come with this state were made by another codebook or block size.
+            ValueError: if bytes that come with this state are of another codebook, block size or shape.
         """
         theirs, ours = (bytes(text.tolist()).decode(errors="replace") for text in (state, self.get_extra_state()))
         if theirs != ours:

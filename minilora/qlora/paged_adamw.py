@@ -87,6 +87,10 @@ class PagedAdamW(Optimizer):
         self.state_bits, self.budget_bytes, self.page_bytes = state_bits, budget_bytes, page_bytes
         self._is_backward = False  # the direction of the next walk
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if not any(p.requires_grad for _, p in self._numbered()):
+            raise ValueError(
+                "there are no parameters to train, all are frozen: unfreeze some, or inject adapters before"
+            )
         self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -159,7 +163,7 @@ class PagedAdamW(Optimizer):
         """Give all settings and moments as plain numbers and tensors: copies, in memory, whatever the budget.
 
         Of every parameter, flattened: "step" and "m", "v"; or "m_codes", "v_codes" and a unit a block in "m_absmax",
-        "v_absmax".
+        "v_absmax". torch.optim.AdamW cannot read it, nor PagedAdamW torch's.
         """
         state_dict = state_dict_of(self)
         for index, p in self._numbered():
@@ -181,6 +185,10 @@ class PagedAdamW(Optimizer):
         Raises:
             ValueError: if it does not fit these parameters and `state_bits`: all misfits are named, nothing is changed.
         """
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                f"this is no optimizer's state_dict: it has {', '.join(map(str, state_dict)) or 'nothing'}"
+            )
         theirs, sizes = state_dict["state"], [len(group["params"]) for group in self.param_groups]
         problems = [text for index, p in self._numbered() for text in self._misfits(index, p, theirs.get(index))]
         if (their_sizes := [len(group["params"]) for group in state_dict["param_groups"]]) != sizes:
@@ -243,7 +251,9 @@ class PagedAdamW(Optimizer):
         if theirs is None or p.numel() == 0:
             return []
         if theirs.keys() != {"step", *PARTS[bits]}:
-            return [f"parameter {index}: it has {', '.join(theirs)}; {bits} bits are {', '.join(PARTS[bits])}"]
+            others = [n for n, parts in PARTS.items() if theirs.keys() == {"step", *parts}]
+            hint = f"it was made with state_bits={others[0]}" if others else "it is of another optimizer"
+            return [f"parameter {index}: it has {', '.join(theirs)}; {bits} bits are {', '.join(PARTS[bits])}: {hint}"]
         return [
             f"parameter {index}: {name} has {tuple(theirs[name].shape)} of {theirs[name].dtype}, "
             f"not ({length_of(name, p.numel())},) of {dtype}"
@@ -309,7 +319,7 @@ def disk_folder() -> Path:
 def check_paging(state_bits: int, budget_bytes: int | None, page_bytes: int, folder: Path) -> None:
     """Refuse what cannot be paged; ValueErrors as in PagedAdamW."""
     if state_bits not in (8, 32):
-        raise ValueError(f"state_bits is {state_bits}: choose 32 (AdamW's own) or 8 (a quarter of the memory)")
+        raise ValueError(f"state_bits is {state_bits!r}: choose 32 (AdamW's own) or 8 (a quarter of the memory)")
     if page_bytes < PAGE_MULTIPLE or page_bytes % PAGE_MULTIPLE:
         raise ValueError(f"page_bytes is {page_bytes}: choose a multiple of {PAGE_MULTIPLE}, such as {2**21}")
     if budget_bytes is not None and budget_bytes < page_bytes:

@@ -55,8 +55,7 @@ class _LoRALinear(torch.autograd.Function):
             y = base(x).contiguous()
             y.view(-1, y.shape[-1]).addmm_(*update)
         else:
-            bias = None if base.bias is None else base.bias.to(x.dtype)
-            y = linear(x, base.dense_weight(_compute_dtype(base, x)), bias, update)
+            y = linear(x, base.dense_weight(_compute_dtype(base, x)), base.bias, update)
         ctx.x_again = getattr(x.grad_fn, "again", None)
         ctx.save_for_backward(None if ctx.x_again else x, u, A, B, weight)
         ctx.scaling, ctx.base = scaling, base

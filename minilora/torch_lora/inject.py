@@ -86,6 +86,7 @@ def inject(
 
     Raises:
         ValueError: if a target hits nothing, or a module that is wrapped already; the model is as before.
+        Exception: what `wrap` raises, with a note that names the module.
     """
     hits = match_targets(model, targets)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -96,7 +97,7 @@ def inject(
             f"{len(twice)} modules are wrapped already, the first is {twice[0]!r}: "
             "choose targets without an adapter, or take the adapters off first with remove(model)"
         )
-    wrapped = _wrap_or_restore(model, {id(module): module for module in chosen.values()}, wrap)
+    wrapped = _wrap_or_restore(model, {id(module): (name, module) for name, module in chosen.items()}, wrap)
     for name, module in modules.items():
         if id(module) in wrapped:
             _replace(model, name, wrapped[id(module)])
@@ -186,16 +187,21 @@ def _nothing_hit(missed: list[str], modules: dict[str, nn.Module]) -> str:
 
 
 def _wrap_or_restore(
-    model: nn.Module, modules: dict[int, nn.Module], wrap: Callable[[nn.Module], nn.Module]
+    model: nn.Module, modules: dict[int, tuple[str, nn.Module]], wrap: Callable[[nn.Module], nn.Module]
 ) -> dict[int, nn.Module]:
     """Wrap all or none: where one is refused, the flags that earlier ones froze are set back."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wrapped: dict[int, nn.Module] = {}
     try:
-        return {key: wrap(module) for key, module in modules.items()}
-    except Exception:
+        for key, (_, module) in modules.items():
+            wrapped[key] = wrap(module)
+    except Exception as error:
+        name, _ = list(modules.values())[len(wrapped)]
+        error.add_note(f"while {name} was wrapped")
         for parameter, required in flags:
             parameter.requires_grad_(required)
         raise
+    return wrapped
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -78,8 +78,15 @@ def chunked_cross_entropy(
     Gradients of gradients raise a RuntimeError.
 
     Raises:
-        RuntimeError: if a target is not a column of the vocabulary (F.cross_entropy would leave out one of −100).
+        ValueError: if there is not one target for each row of hidden, or no token in a chunk.
+        RuntimeError: if a target is not a column of the vocabulary (F.cross_entropy would leave out one of −100:
+            loss_of does so before).
     """
+    if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
+        shapes = f"hidden is {tuple(hidden.shape)} and targets {tuple(targets.shape)}"
+        raise ValueError(f"{shapes}: give (n, hidden) and (n,), as hidden.flatten(0, -2) and targets.flatten()")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}: choose 1 or more, such as {LOSS_CHUNK_TOKENS}")
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens, torch.is_grad_enabled())
 
 

@@ -71,7 +71,7 @@ def test_what_is_hidden_does_not_count_at_all():
     mask = torch.ones(2, 1, 1, PAST + 1, dtype=torch.bool)
     mask[1, ..., :20] = False
     y = one_token.attention(*inputs, keys, values, PAST, mask)
-    keys[1, :, :20], values[1, :, :20] = 30, 1e30
+    keys[1, :, :20], values[1, :, :20] = 30, 3e38
     again = one_token.attention(*inputs, keys, values, PAST, mask)
 
     assert torch.equal(again[0], y[0])

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import math
 import pickle
 import weakref
@@ -161,9 +162,18 @@ def test_an_impossible_block_size_is_refused():
 
 def test_bytes_are_not_read_with_another_codebook_or_block_size():
     state = NF4Linear(nn.Linear(64, 32), FP4).state_dict()
-    with pytest.raises(ValueError, match="are of fp4, block_size=64; this layer reads nf4, block_size=64"):
+    with pytest.raises(
+        ValueError, match="are of fp4, block_size=64, 32 × 64; this layer reads nf4, block_size=64, 32 × 64"
+    ):
         NF4Linear(nn.Linear(64, 32)).load_state_dict(state)
     assert all(isinstance(value, torch.Tensor) for value in state.values())  # so that safetensors can hold it
+    with pytest.raises(ValueError, match="are of nf4, block_size=64, 64 × 32; this layer reads nf4, block_size=64, 32"):
+        NF4Linear(nn.Linear(64, 32)).load_state_dict(NF4Linear(nn.Linear(32, 64)).state_dict(), strict=False)
+
+
+def test_whole_numbers_are_refused():
+    with pytest.raises(ValueError, match=r"which torch\.int64 does not hold"):
+        inspect.unwrap(NF4Linear.forward)(NF4Linear(nn.Linear(64, 32)), torch.ones(3, 64, dtype=torch.long))
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -369,6 +369,10 @@ def test_an_argument_out_of_range_is_refused(arguments, message):
     "params, message",
     [
         ([], "no parameters to train, the list is empty: give some, or unfreeze some"),
+        (
+            [nn.Parameter(torch.zeros(3), requires_grad=False)],
+            "all are frozen: unfreeze some, or inject adapters before",
+        ),
         ([nn.Parameter(torch.zeros(3, dtype=torch.float64))], "is torch.float64.*use torch.optim.AdamW for it"),
         ([nn.Parameter(torch.zeros(3, 4).T)], r"of shape \(4, 3\) is not contiguous: make it so"),
         ([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, device="meta"))], "are on cpu and meta: make one"),
@@ -377,6 +381,26 @@ def test_an_argument_out_of_range_is_refused(arguments, message):
 def test_parameters_that_cannot_be_trained_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         PagedAdamW(params)
+
+
+def test_a_state_of_something_else_is_refused_with_a_guess():
+    frozen_too = [nn.Parameter(torch.zeros(8192)), nn.Parameter(torch.zeros(8), requires_grad=False)]
+    states = {}
+    for bits in (8, 32):
+        optimizer = PagedAdamW(frozen_too, state_bits=bits)
+        frozen_too[0].grad = torch.ones(8192)
+        optimizer.step()
+        states[bits] = optimizer.state_dict()
+    theirs = torch.optim.AdamW(frozen_too[:1])
+    theirs.step()
+    for state, message in (
+        (states[8], "it was made with state_bits=8"),
+        (theirs.state_dict() | {"param_groups": states[8]["param_groups"]}, "it is of another optimizer"),
+        ({}, "no optimizer's state_dict: it has nothing"),
+        ({"weight": torch.ones(3)}, "no optimizer's state_dict: it has weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PagedAdamW(frozen_too).load_state_dict(state)
 
 
 def test_a_bad_group_that_is_added_later_is_refused_and_not_kept():

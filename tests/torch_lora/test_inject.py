@@ -1,6 +1,7 @@
 """Putting adapters in by name: what is hit is reported, what cannot be is refused, and removing restores."""
 
 import hashlib
+import math
 import re
 
 import pytest
@@ -198,3 +199,11 @@ def test_a_module_used_in_two_places_is_wrapped_once_and_stays_one():
 def test_removing_from_a_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match="this model has no adapters to remove"):
         remove(Model())
+
+
+def test_an_error_of_wrap_names_the_module():
+    model = nn.ModuleDict({"first": nn.Linear(64, 32), "second": nn.Linear(64, 32)})
+    model["second"].weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinite") as caught:
+        inject(model, ["first", "second"], lambda base: QLoRALinear(base, r=2, alpha=4))
+    assert caught.value.__notes__ == ["while second was wrapped"]

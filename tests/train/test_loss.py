@@ -1,5 +1,7 @@
 """The loss in chunks against torch's over all logits: values, gradients, and how much is ever formed."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,3 +194,18 @@ def test_the_loss_over_an_adapted_bfloat16_head_is_float32(batch):
     model = TinyModel().bfloat16()
     model.lm_head = LoRALinear(model.lm_head, r=2, alpha=4)
     assert loss_of(model, batch).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("hidden", "targets", "chunk_tokens", "message"),
+    [
+        ((9, 4), (8,), 4, r"hidden is \(9, 4\) and targets \(8,\): give"),
+        ((1, 9, 4), (9,), 4, r"hidden is \(1, 9, 4\)"),
+        ((9, 4), (9,), 0, "chunk_tokens is 0: choose 1 or more"),
+        ((9, 4), (9,), -1, "chunk_tokens is -1"),
+    ],
+)
+def test_what_cannot_be_cut_into_chunks_is_refused(hidden, targets, chunk_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        unchecked = inspect.unwrap(chunked_cross_entropy)  # without the tests' own check of shapes
+        unchecked(torch.ones(hidden), torch.ones(7, 4), torch.zeros(targets, dtype=torch.long), chunk_tokens)
