@@ -11,11 +11,13 @@ Bytes are those of bitsandbytes. Read before this file: numpy_lora/nf4, its orac
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
+from minilora.cpu.products import is_in_one_piece
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE, SMALLEST_UNIT
 from minilora.qlora.codebooks import NF4, Codebook, dynamic_cells, dynamic_map, dynamic_thresholds
 
@@ -52,6 +54,23 @@ class Quantized:
     def bits_per_weight(self) -> float:
         """Bits a weight takes, units included."""
         return 8 * self.n_bytes / math.prod(self.shape)
+
+    @cached_property
+    def lies_as_expected(self) -> bool:
+        """Whether a CPU's kernel can read it: two axes, blocks of a usual size, every part whole and in one piece.
+
+        Looked at once: the check takes longer than a small product, and nobody moves the parts of a weight.
+
+        Raises:
+            ValueError: if codes or units are missing.
+        """
+        check_complete(self)
+        units, packed = self.absmax, self.packed
+        bytes_ = (packed, units.codes) if isinstance(units, NestedAbsmax) else (packed,)
+        floats = (units.absmax, units.offset) if isinstance(units, NestedAbsmax) else (units,)
+        in_place = all(part.dtype == torch.uint8 and is_in_one_piece(part) for part in bytes_)
+        in_place = in_place and all(part.dtype == torch.float32 and is_in_one_piece(part) for part in floats)
+        return in_place and len(self.shape) == 2 and self.block_size in BLOCK_SIZES
 
 
 def quantize(

@@ -37,9 +37,9 @@ from minilora.cpu.few_rows import (
     widened,
 )
 from minilora.cpu.jobs import address, compiles_for, digest_of, in_llvm, part, run, take, worker
-from minilora.cpu.products import is_in_one_piece, may_be_few
+from minilora.cpu.products import may_be_few
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE
-from minilora.qlora.blockwise import BLOCK_SIZES, NestedAbsmax, Quantized, check_complete
+from minilora.qlora.blockwise import NestedAbsmax, Quantized
 from minilora.qlora.codebooks import dynamic_map
 
 POINTERS = ("x", "packed", "codebook", "absmax", "codes", "offset", "values", "bias", "y")
@@ -55,23 +55,8 @@ def fits(x: Tensor, quantized: Quantized) -> bool:
 
 def may_be_decoded(x: Tensor, *weights: Quantized) -> bool:
     """Whether these products are of few rows, with weights of two axes that lie as kernels read them."""
-    alike = all(lies_as_expected(W) and W.shape[1] == weights[0].shape[1] for W in weights)
+    alike = all(W.lies_as_expected and W.shape[1] == weights[0].shape[1] for W in weights)
     return alike and may_be_few(x, sum(W.shape[0] for W in weights), weights[0].shape[1])
-
-
-def lies_as_expected(quantized: Quantized) -> bool:
-    """Whether a kernel can read it: two axes, blocks of a usual size, every part whole, in one piece, on the CPU.
-
-    Raises:
-        ValueError: if codes or units are missing.
-    """
-    check_complete(quantized)
-    units, packed = quantized.absmax, quantized.packed
-    bytes_ = (packed, units.codes) if isinstance(units, NestedAbsmax) else (packed,)
-    floats = (units.absmax, units.offset) if isinstance(units, NestedAbsmax) else (units,)
-    in_place = all(part.dtype == torch.uint8 and is_in_one_piece(part) for part in bytes_)
-    in_place = in_place and all(part.dtype == torch.float32 and is_in_one_piece(part) for part in floats)
-    return in_place and len(quantized.shape) == 2 and quantized.block_size in BLOCK_SIZES
 
 
 def linear(x: Float[Tensor, "*n in"], quantized: Quantized, bias: Tensor | None = None) -> Float[Tensor, "*n out"]:
