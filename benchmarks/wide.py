@@ -36,7 +36,7 @@ def main() -> None:
             )
             times = [[seconds(call) for call in calls] for _ in range(ROUNDS)][1:]
             chosen = wide.compute_dtype(x, n_out, n_in) == torch.float32
-            stars = "  " if rows <= wide.MANY_ROWS // 2 else (" *" if chosen else "* ")
+            stars = " *" if chosen else "* "
             cells = (
                 f"{1e3 * statistics.median(column):>9.2f}{stars[place % 2]}"
                 for place, column in enumerate(zip(*times, strict=True))

@@ -128,7 +128,7 @@ def test_which_products_are_made_in_float32(rows, shape, where_slow, where_emula
             assert wide.compute_dtype(x, *shape) == torch.bfloat16
 
 
-def test_every_large_product_of_a_training_step_goes_there(slow_processor, calls):
+def test_the_products_of_an_adapted_layer_and_of_the_loss_go_there(slow_processor, calls):
     torch.manual_seed(0)
     x = torch.randn(2, 70, 96).bfloat16()
     head, targets = torch.randn(500, 96).bfloat16(), torch.zeros(140, dtype=torch.long)
