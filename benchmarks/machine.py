@@ -2,6 +2,9 @@
 
 import os
 import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,3 +26,14 @@ def about(*packages: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }
+
+
+def seconds_in_turn(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Median seconds of each call, all taking their turns in every round; the first two rounds do not count."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, found in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+    return [statistics.median(found[2:]) for found in times]

@@ -9,11 +9,10 @@ own sums; its operations are not counted. Where the star stands at the slower co
 and cpu/tiles want another look: they are what one version of oneDNN does on one kind of machine.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from machine import seconds_in_turn
 from torch import Tensor
 
 from minilora.cpu import amx, tiles
@@ -33,8 +32,9 @@ def main() -> None:
             W = torch.randn(n_in, n_out).bfloat16()
             for direction, lying in (("x Wᵀ", W.T.contiguous().T), ("dy W", W)):
                 taken = 2 if are_many(x, W) and tiles.suit(W) else int(is_one_piece(x, W))
-                found = rates(ways(x, lying, u, B), 2 * rows * n_in * n_out)
-                cells = "".join(f"{rate:>9.2f}{'*' if taken == way else ' '}" for way, rate in enumerate(found))
+                found = seconds_in_turn(ways(x, lying, u, B), rounds=13)
+                rates = [2 * rows * n_in * n_out / seconds / 1e12 for seconds in found]
+                cells = "".join(f"{rate:>9.2f}{'*' if taken == way else ' '}" for way, rate in enumerate(rates))
                 print(f"{n_in:>6}{n_out:>6}{rows:>6}{direction:>6}{cells}", flush=True)
 
 
@@ -56,16 +56,6 @@ def in_pieces(n: int, x: Tensor, W: Tensor, y: Tensor) -> Tensor:
     for part, result in zip(x.chunk(n), y.chunk(n), strict=True):
         torch.mm(part, W, out=result)
     return y
-
-
-def rates(calls: list[Callable[[], object]], operations: int) -> list[float]:
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(13):
-        for call, found in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - start)
-    return [operations / statistics.median(found[2:]) / 1e12 for found in times]
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ Prints milliseconds, the median of several, for x Wᵀ and dy W. A star marks th
 processor, not for one without the instructions that such variables forbid.
 """
 
-import statistics
-import time
-
 import torch
 import torch.nn.functional as F
+from machine import seconds_in_turn
 
 from minilora.cpu import wide
 
@@ -34,20 +32,11 @@ def main() -> None:
                 lambda dy=dy, W=W: F.linear(dy, W.T),
                 lambda dy=dy, W=W: wide.product(dy, W),
             )
-            times = [[seconds(call) for call in calls] for _ in range(ROUNDS)][1:]
             chosen = wide.compute_dtype(x, n_out, n_in) == torch.float32
             stars = " *" if chosen else "* "
-            cells = (
-                f"{1e3 * statistics.median(column):>9.2f}{stars[place % 2]}"
-                for place, column in enumerate(zip(*times, strict=True))
-            )
+            found = seconds_in_turn(calls, ROUNDS)
+            cells = (f"{1e3 * seconds:>9.2f}{stars[place % 2]}" for place, seconds in enumerate(found))
             print(f"{n_in:>6}{n_out:>6}{rows:>6}" + "".join(cells), flush=True)
-
-
-def seconds(call) -> float:  # type: ignore[no-untyped-def]
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -49,19 +49,21 @@ def attention(
     `rotation` is model.rotation_of's; `mask` is True where a row may look.
 
     Raises:
-        ValueError: if shapes do not fit together, or a tensor does not lie in one piece.
+        ValueError: if shapes do not fit together, or a tensor is not bfloat16, plain and in one piece.
     """
     batch, kv_heads, max_tokens, head_dim = keys.shape
     heads, (cos, sin) = q.shape[-1] // head_dim, rotation
-    fit = q.shape == (batch, 1, heads * head_dim) and heads % kv_heads == 0 and head_dim % 2 == 0
     fit = (
-        fit
-        and 0 <= past < max_tokens
+        q.shape == (batch, 1, heads * head_dim)
         and k.shape == v.shape == (batch, 1, kv_heads * head_dim)
+        and heads % kv_heads == 0
+        and head_dim % 2 == 0
         and values.shape == keys.shape
+        and 0 <= past < max_tokens
+        and cos.shape == sin.shape == (len(cos), 1, head_dim)
+        and len(cos) in (1, batch)
+        and (mask is None or (mask.shape == (batch, 1, 1, past + 1) and mask.dtype == torch.bool))
     )
-    fit = fit and cos.shape == sin.shape == (len(cos), 1, head_dim) and len(cos) in (1, batch)
-    fit = fit and (mask is None or (mask.shape == (batch, 1, 1, past + 1) and mask.dtype == torch.bool))
     named = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "keys": keys, "values": values}
     if not fit or not are_bfloat16(*named.values()):
         found = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named.items())

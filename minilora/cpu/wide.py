@@ -6,8 +6,8 @@ products a second as float32's; and where there is none, torch converts each num
 times a weight of 576 → 1,536 on two cores, x Wᵀ and dy W in turn, conversions included:
 
                     AVX-512 with bfloat16      AVX-512 without      AVX2
-    in bfloat16         11 ms,  11 ms           31 ms,  30 ms       77 ms, 743 ms
-    in float32           7 ms,   7 ms            6 ms,   7 ms       13 ms,  12 ms
+    in bfloat16         12 ms,  11 ms           32 ms,  30 ms       92 ms, 753 ms
+    in float32           8 ms,   7 ms            9 ms,   8 ms       16 ms,  14 ms
 
 (benchmarks/wide.py; for the last two columns torch was told not to use the instructions.) To make a bfloat16 float32
 is exact, and the result is rounded once. What is float32 on the way is small and stays in the caches: some rows at a

@@ -49,13 +49,14 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Any, weight: Tensor | None) -> Tensor:
         u = scaling * product(_rows(x), A.to(x.dtype).T)
         update = u, B.to(x.dtype).T
-        if weight is not None:
-            y = linear(x, weight, base.bias, update)
-        elif _compute_dtype(base, x) == x.dtype:
+        W = weight
+        if W is None and (dtype := _compute_dtype(base, x)) != x.dtype:
+            W = base.dense_weight(dtype)
+        if W is None:
             y = base(x).contiguous()
             y.view(-1, y.shape[-1]).addmm_(*update)
         else:
-            y = linear(x, base.dense_weight(_compute_dtype(base, x)), base.bias, update)
+            y = linear(x, W, base.bias, update)
         ctx.x_again = getattr(x.grad_fn, "again", None)
         ctx.save_for_backward(None if ctx.x_again else x, u, A, B, weight)
         ctx.scaling, ctx.base = scaling, base
