@@ -44,7 +44,7 @@ def main() -> None:
 def ways_in_bfloat16(n_rows: int) -> dict[str, Way]:
     ways: dict[str, Way] = {"F.linear": lambda x, weights: [F.linear(x, W) for W in weights]}
     if n_rows <= few_rows.MOST_ROWS:
-        ways["few_rows"] = lambda x, weights: [few_rows.linear(x, W) for W in weights]
+        ways["few_rows"] = lambda x, weights: [few_rows.linears(x, [(W, None)])[0] for W in weights]
     if amx.is_there():
         ways["few_tiles"] = lambda x, weights: [few_tiles.linears(x, [(W, None)]) for W in weights]
         ways["together"] = lambda x, weights: few_tiles.linears(x, [(W, None) for W in weights])

@@ -2,7 +2,7 @@
 
     x    (rows, in), up to 8 rows        W    (out, in)        y    (rows, out)        all bfloat16
 
-    y = x Wᵀ
+    y = x Wᵀ        for one W, or for several that are multiplied by the same x
 
 Text is generated one token a row at a time, and each reads every weight of the model: two operations a weight and row,
 which a core does many times faster than memory brings it. So the floor is the bytes of W over the bandwidth, and
@@ -13,49 +13,68 @@ Sums are float32, sixteen side by side and then their sum: the same bits for any
 or among others.
 """
 
+import ctypes
 import itertools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
+import torch
 from jaxtyping import Float
 from llvmlite import ir
 from numba.core import cgutils, types
 from torch import Tensor
 
 from minilora.cpu import jobs
-from minilora.cpu.jobs import address, compiled, compiles_for, digest_of, in_llvm, run, take, worker
+from minilora.cpu.jobs import address, compiled, compiles_for, digest_of, in_llvm, part, run, take, worker
 from minilora.cpu.products import FEATURES_AT_ONCE
 
 MOST_ROWS = 8
 OUTPUTS_AT_ONCE = 2  # with 8 rows their sums take 16 of a core's 32 vector registers
-OUTPUTS_A_PIECE = 32  # what a thread takes
+BLOCK = 32  # outputs
+MOST_BLOCKS_A_PIECE = 32
 AHEAD = 4096  # bytes
 
 FLOAT, WORD, BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(8)
 LANES = 16
 FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
 Weights = Callable[[Any, Any], list[Any]]
-JOB = np.dtype([(name, np.int64) for name in ("taken", "x", "W", "bias", "y", "n_rows", "out_features", "in_features")])
+JOB = np.dtype([(name, np.int64) for name in ("taken", "x", "parts", "n_parts", "n_rows", "in_features", "piece")])
+PART = np.dtype([(name, np.int64) for name in ("W", "bias", "y", "out_features")])
 
 
-def linear(
-    x: Float[Tensor, "*n in"], W: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None
-) -> Float[Tensor, "*n out"]:
-    """Compute x Wᵀ + bias, all bfloat16, where products.are_few and x `suits`. No gradients flow.
+def linears(
+    x: Float[Tensor, "*n in"], layers: Sequence[tuple[Float[Tensor, "_ in"], Float[Tensor, "_"] | None]]
+) -> list[Float[Tensor, "*n _"]]:
+    """Compute x Wᵀ + bias for each (W, bias), all bfloat16, where products.are_few and x `suits`. No gradients flow.
 
     Raises:
         ValueError: for more than 8 rows.
     """
-    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], W.shape[0])
-    bias = bias if bias is None else bias.contiguous()
-    n_rows = x.numel() // x.shape[-1]
-    pointers = (x.data_ptr(), W.data_ptr(), bias_at(bias, y), y.data_ptr())
-    run(_product(padded(n_rows)), W.shape[0], *pointers, n_rows, *W.shape)
-    return y
+    kernel = _product(padded(x.numel() // x.shape[-1]))
+    return multiplied(kernel, x, [((W.data_ptr(),), bias, W.shape[0]) for W, bias in layers])
+
+
+def multiplied(kernel: Any, x: Tensor, weights: Sequence[tuple[tuple[int, ...], Tensor | None, int]]) -> list[Tensor]:
+    """Let torch's threads multiply x by weights: of each what its PART begins with, its bias, and how many outputs.
+
+    A thread's share is even, in blocks of 32 outputs; a large one is cut, for a thread may be slow.
+    """
+    x, in_features, n_blocks, parts = x.contiguous(), x.shape[-1], 0, list[int]()
+    ys, biases = list[Tensor](), list[Tensor | None]()  # kept until all is done
+    for begins_with, bias, out_features in weights:
+        ys.append(x.new_empty(*x.shape[:-1], out_features))
+        biases.append(bias if bias is None else bias.contiguous())
+        parts += (*begins_with, bias_at(biases[-1], ys[-1]), ys[-1].data_ptr(), out_features)
+        n_blocks += -(-out_features // BLOCK)
+    table = (ctypes.c_int64 * len(parts))(*parts)
+    share = -(-n_blocks // torch.get_num_threads())
+    piece = -(-share // -(-share // MOST_BLOCKS_A_PIECE))
+    run(kernel, n_blocks, x.data_ptr(), ctypes.addressof(table), len(ys), x.numel() // in_features, in_features, piece)
+    return ys
 
 
 def suits(x: Tensor) -> bool:
@@ -89,21 +108,36 @@ def _product(n_sums: int) -> Any:
     def work(all_jobs):
         sources  # noqa: B018  (compiled anew when it changes)
         job = numba.carray(all_jobs, 1)[0]
+        parts = numba.carray(address(job.parts), job.n_parts, PART)
         x = numba.carray(address(job.x), (job.n_rows, job.in_features), np.uint16)
-        W = numba.carray(address(job.W), (job.out_features, job.in_features), np.uint16)
-        y = numba.carray(address(job.y), (job.n_rows, job.out_features), np.uint16)
-        bias = numba.carray(address(job.bias), job.out_features if job.bias else 0, np.uint16)
         rows, sums = widened(x, n_sums), np.empty(LANES, np.float32)
         while True:
-            first = take(all_jobs, OUTPUTS_A_PIECE)
-            if first >= job.out_features:
-                return
-            for place in range(first, min(first + OUTPUTS_A_PIECE, job.out_features), OUTPUTS_AT_ONCE):
-                output = min(place, job.out_features - OUTPUTS_AT_ONCE)
-                _multiply(n_sums, rows, W, output, sums)
-                narrowed(sums, bias, y, output)
+            first = take(all_jobs, job.piece)
+            for block in range(first, first + job.piece):
+                index, start = block_of(parts, block)
+                if index == job.n_parts:
+                    return
+                it = parts[index]
+                W = numba.carray(address(it.W), (it.out_features, job.in_features), np.uint16)
+                y = numba.carray(address(it.y), (job.n_rows, it.out_features), np.uint16)
+                bias = numba.carray(address(it.bias), it.out_features if it.bias else 0, np.uint16)
+                for place in range(start, min(start + BLOCK, it.out_features), OUTPUTS_AT_ONCE):
+                    output = min(place, it.out_features - OUTPUTS_AT_ONCE)
+                    _multiply(n_sums, rows, W, output, sums)
+                    write_sums(sums, bias, y, output)
 
     return worker(work, JOB)
+
+
+@part
+def block_of(parts, block):
+    """Give the part to which a block belongs, and its first output there."""
+    for index in range(len(parts)):
+        n_blocks = -(-parts[index].out_features // BLOCK)
+        if block < n_blocks:
+            return index, block * BLOCK
+        block -= n_blocks
+    return len(parts), 0
 
 
 def padded(n_rows: int) -> int:
@@ -153,18 +187,6 @@ def widened(x, n_sums):
                 for place in range(FEATURES_AT_ONCE):
                     ordered[place] = given[place % LANES * 2 + place // LANES]
     return rows
-
-
-@compiled
-def narrowed(sums, bias, y, output):
-    """Round sums, with a bias if there is one, into their places in y."""
-    for row in range(y.shape[0]):
-        for k in range(OUTPUTS_AT_ONCE):
-            number = sums[OUTPUTS_AT_ONCE * row + k]
-            if y.itemsize == 2:
-                y[row, output + k] = to_bfloat16(number + from_bfloat16(bias[output + k]) if len(bias) else number)
-            else:
-                y[row, output + k] = number + bias[output + k] if len(bias) else number
 
 
 @in_llvm(prefer_literal=True)
@@ -217,15 +239,59 @@ def products(builder: Any, n_rows: int, x: Any, first: Any, results: Any, weight
     builder.store(totals[0], builder.bitcast(results.data, FLOATS.as_pointer()), align=4)
 
 
+@in_llvm
+def write_sums(typing_context, sums, bias, y, output):
+    """y[row, output + k] = sums[2 row + k] + bias[output + k], k = 0 and 1, rounded if y is bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums_array, bias_array, y_array = (
+            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in range(3)
+        )
+        output, is_rounded = arguments[3], signature.args[2].dtype == types.uint16
+        (n_rows, out_features), (n_biases,) = (
+            cgutils.unpack_tuple(builder, array.shape) for array in (y_array, bias_array)
+        )
+        total = cgutils.alloca_once_value(builder, load(builder, sums_array.data))
+        with builder.if_then(cgutils.is_not_null(builder, n_biases)):
+            pair = load(builder, builder.gep(bias_array.data, [output]), OUTPUTS_AT_ONCE)
+            pairs = builder.shuffle_vector(pair, pair, WORDS([0, 1] * (LANES // 2)))
+            if is_rounded:
+                pairs = builder.bitcast(builder.shl(builder.zext(pairs, WORDS), WORDS([16] * LANES)), FLOATS)
+            builder.store(builder.fadd(builder.load(total), pairs), total)
+        numbers = builder.load(total)
+        if is_rounded:
+            numbers = to_bfloat16s(builder, numbers)
+        pair_of = ir.IntType(32 if is_rounded else 64)
+        pairs = cgutils.alloca_once_value(builder, builder.bitcast(numbers, ir.VectorType(pair_of, LANES // 2)))
+        first_pair = builder.bitcast(pairs, pair_of.as_pointer())
+        with cgutils.for_range(builder, n_rows) as loop:
+            at = builder.gep(y_array.data, [builder.add(builder.mul(loop.index, out_features), output)])
+            pair = builder.load(builder.gep(first_pair, [loop.index]))
+            builder.store(pair, builder.bitcast(at, pair_of.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(sums, bias, y, output), generate
+
+
+def to_bfloat16s(builder: Any, floats: Any) -> Any:
+    """Do to sixteen floats what to_bfloat16 does to one."""
+    words = builder.bitcast(floats, WORDS)
+    is_odd = builder.and_(builder.lshr(words, WORDS([16] * LANES)), WORDS([1] * LANES))
+    rounded = builder.add(builder.add(words, WORDS([0x7FFF] * LANES)), is_odd)
+    upper = builder.lshr(rounded, WORDS([16] * LANES))
+    numbers = builder.select(builder.fcmp_ordered("ord", floats, floats), upper, WORDS([0x7FC0] * LANES))
+    return builder.trunc(numbers, ir.VectorType(ir.IntType(16), LANES))
+
+
 def add_neighbours(builder: Any, one: Any, other: Any) -> Any:
     """Add the floats of two vectors in pairs: eight sums of the one, then eight of the other."""
     evens, odds = (builder.shuffle_vector(one, other, WORDS(list(range(start, 2 * LANES, 2)))) for start in (0, 1))
     return builder.fadd(evens, odds)
 
 
-def load(builder: Any, at: Any) -> Any:
-    """Load sixteen numbers."""
-    return builder.load(builder.bitcast(at, ir.VectorType(at.type.pointee, LANES).as_pointer()), align=1)
+def load(builder: Any, at: Any, count: int = LANES) -> Any:
+    """Load sixteen numbers, or so many."""
+    return builder.load(builder.bitcast(at, ir.VectorType(at.type.pointee, count).as_pointer()), align=1)
 
 
 def prefetch(builder: Any, at: Any) -> None:

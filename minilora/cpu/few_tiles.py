@@ -14,14 +14,12 @@ alone or among others.
 Read before this file: cpu/tiles.
 """
 
-import ctypes
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,14 +37,11 @@ from minilora.cpu.amx import (
     tile_of_columns,
     zero_sums,
 )
-from minilora.cpu.few_rows import bias_at, from_bfloat16
-from minilora.cpu.jobs import address, digest_of, part, run, take, worker
+from minilora.cpu.few_rows import JOB, PART, block_of, from_bfloat16, multiplied
+from minilora.cpu.jobs import address, digest_of, part, take, worker
 from minilora.cpu.tiles import lines
 
 MOST_ROWS = BLOCK
-MOST_BLOCKS_A_PIECE = 32  # of 32 outputs
-JOB = np.dtype([(name, np.int64) for name in ("taken", "x", "parts", "n_parts", "n_rows", "in_features", "piece")])
-PART = np.dtype([(name, np.int64) for name in ("W", "bias", "y", "out_features")])
 
 
 def linears(
@@ -60,7 +55,8 @@ def linears(
     """
     amx.demand()
     check_sizes(x, [(W.shape[0], W.shape[1]) for W, _ in layers])
-    return multiplied(_product(tiles_beside(x)), x, [((W.data_ptr(),), bias, W.shape[0]) for W, bias in layers])
+    weights = [((W.data_ptr(),), bias, W.shape[0]) for W, bias in layers]
+    return multiplied(_product(tiles_beside(x)), x, weights)
 
 
 def suits(x: Tensor, out_features: int) -> bool:
@@ -88,27 +84,6 @@ def check_sizes(x: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
         )
 
 
-def multiplied(kernel: Any, x: Tensor, weights: Sequence[tuple[tuple[int, ...], Tensor | None, int]]) -> list[Tensor]:
-    """Let torch's threads multiply x by weights: of each what its PART begins with, its bias, and how many outputs.
-
-    A thread's share is even, in blocks of 32 outputs; a large one is cut, for a thread may be slow.
-    """
-    x, n_blocks, parts = x.contiguous(), 0, list[int]()
-    ys, biases = list[Tensor](), list[Tensor | None]()  # kept until all is done
-    for begins_with, bias, out_features in weights:
-        ys.append(x.new_empty(*x.shape[:-1], out_features))
-        biases.append(bias if bias is None else bias.contiguous())
-        parts += (*begins_with, bias_at(biases[-1], ys[-1]), ys[-1].data_ptr(), out_features)
-        n_blocks += -(-out_features // BLOCK)
-    table = (ctypes.c_int64 * len(parts))(*parts)
-    share = -(-n_blocks // torch.get_num_threads())
-    piece = -(-share // -(-share // MOST_BLOCKS_A_PIECE))
-    in_features = x.shape[-1]
-    job = x.data_ptr(), ctypes.addressof(table), len(ys), x.numel() // in_features, in_features, piece
-    run(kernel, n_blocks, *job)
-    return ys
-
-
 @cache
 def _product(n_halves: int) -> Any:
     sources = digest_of(amx, few_rows, jobs, tiles)
@@ -123,11 +98,12 @@ def _product(n_halves: int) -> Any:
         while True:
             first = take(all_jobs, job.piece)
             for block in range(first, first + job.piece):
-                index, output = block_of(parts, block)
+                index, start = block_of(parts, block)
                 if index == job.n_parts:
                     release()
                     return
                 it = parts[index]
+                output = min(start, it.out_features - BLOCK)  # the last block may overlap the one before
                 W = numba.carray(address(it.W), (it.out_features, job.in_features), np.uint16)
                 y = numba.carray(address(it.y), (job.n_rows, it.out_features), np.uint16)
                 bias = numba.carray(address(it.bias), it.out_features if it.bias else 0, np.uint16)
@@ -136,17 +112,6 @@ def _product(n_halves: int) -> Any:
                 write_sums(sums, n_halves, bias, y, output)
 
     return worker(work, JOB)
-
-
-@part
-def block_of(parts, block):
-    """Give the part to which a block belongs, and its first output there; the last may overlap the one before."""
-    for index in range(len(parts)):
-        n_blocks = -(-parts[index].out_features // BLOCK)
-        if block < n_blocks:
-            return index, min(block * BLOCK, parts[index].out_features - BLOCK)
-        block -= n_blocks
-    return len(parts), 0
 
 
 @part

@@ -18,6 +18,7 @@ Halves      Elsewhere oneDNN multiplies 16-bit floats. It cuts a product into pi
 
 import os
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -41,26 +42,17 @@ def linear(
     plus: tuple[Float[Tensor, "rows r"], Float[Tensor, "r out"]] | None = None,
 ) -> Float[Tensor, "*n out"]:
     """Compute x Wᵀ + bias + u B, plus being (u, B). Gradients need not flow: call it where autograd does not look."""
-    if x.dtype == torch.bfloat16 and are_few(x, W):
-        from minilora.cpu import few_rows, few_tiles
-
-        if few_tiles.suits(x, W.shape[0]):
-            return _added(few_tiles.linears(x, [(W, bias)])[0], plus)
-        if few_rows.suits(x):
-            return _added(few_rows.linear(x, W, bias), plus)
-    return product(x, W.T, bias, plus)
+    kernels = kernels_for_few(x, W)
+    return product(x, W.T, bias, plus) if kernels is None else _added(kernels.linears(x, [(W, bias)])[0], plus)
 
 
 def linears(
     x: Float[Tensor, "*n in"], layers: Sequence[tuple[Float[Tensor, "_ in"], Float[Tensor, "_"] | None]]
 ) -> list[Float[Tensor, "*n _"]]:
     """Compute x Wᵀ + bias for each (W, bias), in one go where that is faster. Gradients need not flow."""
-    weights = [W for W, _ in layers]
-    if x.dtype == torch.bfloat16 and are_few(x, *weights):
-        from minilora.cpu import few_tiles
-
-        if few_tiles.suits(x, min(W.shape[0] for W in weights)):
-            return few_tiles.linears(x, layers)
+    kernels = kernels_for_few(x, *(W for W, _ in layers))
+    if kernels is not None:
+        return kernels.linears(x, layers)
     return [linear(x, W, bias) for W, bias in layers]
 
 
@@ -96,6 +88,18 @@ def _added(y: Tensor, plus: tuple[Tensor, Tensor] | None) -> Tensor:
     if plus is not None:
         y.view(-1, y.shape[-1]).addmm_(*plus)
     return y
+
+
+def kernels_for_few(x: Tensor, *weights: Tensor) -> ModuleType | None:
+    """The file of kernels that multiplies few rows by each of these weights fastest, if it is the same one for all."""
+    if x.dtype != torch.bfloat16 or not are_few(x, *weights):
+        return None
+    from minilora.cpu import few_rows, few_tiles
+
+    widths = [W.shape[0] for W in weights]
+    if few_tiles.suits(x, min(widths)):
+        return few_tiles
+    return few_rows if few_rows.suits(x) and not few_tiles.suits(x, max(widths)) else None
 
 
 def are_few(x: Tensor, *weights: Tensor) -> bool:

@@ -10,8 +10,9 @@ Bytes are those of bitsandbytes. Read before this file: numpy_lora/nf4, its orac
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, Int, UInt8
@@ -71,6 +72,22 @@ class Quantized:
         in_place = all(part.dtype == torch.uint8 and is_in_one_piece(part) for part in bytes_)
         in_place = in_place and all(part.dtype == torch.float32 and is_in_one_piece(part) for part in floats)
         return in_place and len(self.shape) == 2 and self.block_size in BLOCK_SIZES
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where a CPU's kernel finds its codes, codebook and units, as numbers looked up once, for the same reason.
+
+        In this order: packed, codebook, absmax; codes, offset and dynamic map, or 0 each without double quantization.
+        """
+        units, device = self.absmax, self.packed.device
+        parts = [self.packed, self.codebook.table(device)]
+        if isinstance(units, NestedAbsmax):
+            parts += [units.absmax, units.codes, units.offset, dynamic_map(device)]
+            return tuple(part.data_ptr() for part in parts)
+        return *(part.data_ptr() for part in [*parts, units]), 0, 0, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # a copy's parts lie elsewhere
 
 
 def quantize(

@@ -58,10 +58,9 @@ def linear(x: Tensor, quantized: Quantized, bias: Tensor | None = None) -> Tenso
     if x.device.type == "cpu":
         from minilora.qlora import matmul_cpu, matmul_tiles
 
-        if matmul_tiles.fits(x, quantized):
-            return matmul_tiles.linears(x, [(quantized, bias)])[0]
-        if matmul_cpu.fits(x, quantized):
-            return matmul_cpu.linear(x, quantized, bias)
+        for few in (matmul_tiles, matmul_cpu):
+            if few.fits(x, quantized):
+                return few.linears(x, [(quantized, bias)])[0]
     if multiplies_in_4_bits(x):
         from minilora.qlora import matmul_gpu
 
@@ -72,10 +71,11 @@ def linear(x: Tensor, quantized: Quantized, bias: Tensor | None = None) -> Tenso
 def linears(x: Tensor, layers: Sequence[tuple[Quantized, Tensor | None]]) -> list[Tensor]:
     """Give x Wᵀ + bias for each (W, bias), in one go where that is faster. No gradients."""
     if x.device.type == "cpu":
-        from minilora.qlora import matmul_tiles
+        from minilora.qlora import matmul_cpu, matmul_tiles
 
-        if matmul_tiles.fits(x, *(W for W, _ in layers)):
-            return matmul_tiles.linears(x, layers)
+        for few in (matmul_tiles, matmul_cpu):
+            if few.fits(x, *(W for W, _ in layers)):
+                return few.linears(x, layers)
     return [linear(x, W, bias) for W, bias in layers]
 
 

@@ -1,8 +1,8 @@
 """Numba kernels: quantize and dequantize at memory speed on a CPU; blockwise has their readable twins and meaning.
 
     quantize     a block at a time: its absmax, then how many of the 15 thresholds each weight passes
-    dequantize   float32: two weights at a time from a table of 256 pairs, times absmax
-                 16 bits: a block has 16 different weights: round these, then look 16 codes up in one instruction
+    dequantize   a block has 16 different weights: make these, rounded to 16 bits if asked for, then look 16 codes up
+                 in one instruction
 
 The results are the reference's, bit for bit: the same float32 operations in the same order, which Numba neither fuses
 nor reorders. A short last block is left to the reference.
@@ -27,7 +27,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from minilora.cpu.few_rows import to_bfloat16
+from minilora.cpu.few_rows import FLOAT, FLOATS, LANES, WORD, WORDS, instruction, load, to_bfloat16
 from minilora.cpu.jobs import compiled, compiles_for
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE, SMALLEST_UNIT
 from minilora.qlora import blockwise
@@ -98,12 +98,11 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
     n_blocks, rest = divmod(math.prod(quantized.shape), block_size)
     units = _block_units(quantized)
     weights = empty(n_blocks * block_size + rest, dtype)
-    arguments = (packed.numpy(), units.numpy(), _bits(weights))
+    arguments, values = (packed.numpy(), units.numpy(), _bits(weights)), codebook.table(packed.device).numpy()
     if dtype == torch.float32:
-        _in_threads(_dequantize_float32, n_blocks, block_size, *arguments, _pairs(codebook))
+        _in_threads(_dequantize_float32, n_blocks, block_size, *arguments, values)
     else:
-        values, is_bfloat16 = codebook.table(packed.device).numpy(), dtype == torch.bfloat16
-        _in_threads(_dequantize_16_bits, n_blocks, block_size, *arguments, values, is_bfloat16)
+        _in_threads(_dequantize_16_bits, n_blocks, block_size, *arguments, values, dtype == torch.bfloat16)
     if rest:
         last = Quantized(packed[n_blocks * block_size // 2 :], units[n_blocks:], codebook, block_size, (rest,))
         weights[-rest:] = blockwise.dequantize(last, dtype)
@@ -135,14 +134,6 @@ def _in_threads(kernel: Callable[..., Any], n_blocks: int, block_size: int, *arg
 def _threads(process: int) -> ThreadPoolExecutor:
     """Make a process its threads, once; a forked child inherits none of its parent's."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=f"minilora-{process}")
-
-
-@cache
-def _pairs(codebook: Codebook) -> np.ndarray:
-    """Give the two values that each of 256 bytes stands for, as one integer of 64 bits."""
-    values = np.array(codebook.values, dtype=np.float32)
-    byte = np.arange(256)
-    return np.stack([values[byte >> 4], values[byte & 15]], axis=1).reshape(-1).view(np.uint64)
 
 
 def _bits(flat: Tensor) -> np.ndarray:
@@ -181,18 +172,10 @@ def _quantize_blocks(bits, packed, absmax, thresholds, order, smallest_unit, blo
 
 
 @compiled
-def _dequantize_float32(packed, absmax, bits, pairs, block_size, first, last):
+def _dequantize_float32(packed, absmax, bits, values, block_size, first, last):
     """Dequantize blocks first … last − 1 into float32."""
-    weights, weight_pairs = bits.view(np.float32), bits[: bits.size // 2 * 2].view(np.uint64)
-    half = block_size // 2
     for block in range(first, last):
-        block_packed = packed[block * half : (block + 1) * half]
-        block_pairs = weight_pairs[block * half : (block + 1) * half]
-        block_weights = weights[2 * block * half : 2 * (block + 1) * half]
-        for j in range(half):
-            block_pairs[j] = pairs[block_packed[j]]
-        for i in range(2 * half):
-            block_weights[i] *= absmax[block]
+        _look_up_floats(packed, block * block_size, block_size, values, absmax[block], bits)  # type: ignore[call-arg]
 
 
 @compiled
@@ -237,6 +220,65 @@ def _double_dequantize(codes, absmax, offset, values, units):
 
 
 @intrinsic
+def _look_up_floats(typing_context, packed, first, count, values, unit, bits):
+    """Write values[code] · unit into `bits` for the codes first … first + count − 1 of `packed`; 32 divides both."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        packed_at, values_at, bits_at = (
+            context.make_array(signature.args[i])(context, builder, arguments[i]).data for i in (0, 3, 5)
+        )
+        first, count = arguments[1:3]
+        table = builder.fmul(load(builder, values_at), sixteen_times(builder, arguments[4]))
+        with cgutils.for_range(builder, builder.udiv(count, count.type(32))) as loop:
+            position = builder.add(first, builder.mul(loop.index, count.type(32)))
+            pairs = builder.zext(load(builder, builder.gep(packed_at, [builder.udiv(position, first.type(2))])), WORDS)
+            codes = builder.lshr(pairs, WORDS([4] * LANES)), builder.and_(pairs, WORDS([15] * LANES))
+            for sixteen in _weave(builder, *(look_up(builder, table, half) for half in codes)):
+                target = builder.bitcast(builder.gep(bits_at, [position]), FLOATS.as_pointer())
+                builder.store(sixteen, target, align=4)
+                position = builder.add(position, position.type(LANES))
+        return context.get_dummy_value()
+
+    return types.void(packed, types.intp, types.intp, values, types.float32, bits), generate
+
+
+def sixteen_times(builder: Any, number: Any) -> Any:
+    """Put a float into every lane."""
+    alone = builder.insert_element(FLOATS(ir.Undefined), number, WORD(0))
+    return builder.shuffle_vector(alone, FLOATS(ir.Undefined), WORDS([0] * LANES))
+
+
+def look_up(builder: Any, table: Any, codes: Any) -> Any:
+    """Find sixteen codes in a table of sixteen floats: by one instruction of AVX-512, by AVX2 eight in half of it."""
+    if compiles_for("avx512f"):
+        permute = instruction(builder, "llvm.x86.avx512.permvar.sf.512", FLOATS, [FLOATS, WORDS])
+        return builder.call(permute, [table, codes])
+    if compiles_for("avx2"):
+        return _look_up_by_eights(builder, table, codes)
+    found, memory = FLOATS(ir.Undefined), cgutils.alloca_once_value(builder, table)
+    table_at = builder.bitcast(memory, FLOAT.as_pointer())
+    for lane in map(WORD, range(LANES)):
+        at = builder.gep(table_at, [builder.extract_element(codes, lane)])
+        found = builder.insert_element(found, builder.load(at), lane)
+    return found
+
+
+def _look_up_by_eights(builder: Any, table: Any, codes: Any) -> Any:
+    floats, words = ir.VectorType(FLOAT, 8), ir.VectorType(WORD, 8)
+    permute = instruction(builder, "llvm.x86.avx2.permps", floats, [floats, words])
+
+    def half(vector: Any, start: int) -> Any:
+        return builder.shuffle_vector(vector, vector, words(list(range(start, start + 8))))
+
+    found = []
+    for eight in (half(codes, 0), half(codes, 8)):
+        low, high = (builder.call(permute, [half(table, start), eight]) for start in (0, 8))
+        is_high = builder.icmp_unsigned("!=", builder.and_(eight, words([8] * 8)), words([0] * 8))
+        found.append(builder.select(is_high, high, low))
+    return builder.shuffle_vector(*found, WORDS(list(range(LANES))))
+
+
+@intrinsic
 def _look_up(typing_context, packed, first, count, tables, row, bits):
     """Write tables[row, code] into `bits` for the codes first … first + count − 1 of `packed`; 32 divides both.
 
@@ -250,12 +292,12 @@ def _look_up(typing_context, packed, first, count, tables, row, bits):
             context.make_array(signature.args[i])(context, builder, arguments[i]).data for i in (0, 3, 5)
         )
         first, count, row = arguments[1], arguments[2], arguments[4]
-        table = _load_16(builder, tables_at, builder.mul(row, row.type(16)))
+        table = load(builder, builder.gep(tables_at, [builder.mul(row, row.type(16))]))
         low_table = builder.trunc(table, BYTES)
         high_table = builder.trunc(builder.lshr(table, table.type([8] * 16)), BYTES)
         with cgutils.for_range(builder, builder.udiv(count, count.type(32))) as loop:
             position = builder.add(first, builder.mul(loop.index, count.type(32)))
-            pairs = _load_16(builder, packed_at, builder.udiv(position, first.type(2)))
+            pairs = load(builder, builder.gep(packed_at, [builder.udiv(position, first.type(2))]))
             even, odd = builder.lshr(pairs, BYTES([4] * 16)), builder.and_(pairs, BYTES([15] * 16))
             for codes in _weave(builder, even, odd):
                 low, high = _look_16_up(builder, low_table, codes), _look_16_up(builder, high_table, codes)
@@ -268,15 +310,10 @@ def _look_up(typing_context, packed, first, count, tables, row, bits):
     return types.void(packed, types.intp, types.intp, tables, types.intp, bits), generate
 
 
-def _load_16(builder: Any, base: Any, position: Any) -> Any:
-    address = builder.bitcast(builder.gep(base, [position]), ir.VectorType(base.type.pointee, 16).as_pointer())
-    return builder.load(address, align=1)
-
-
 def _weave(builder: Any, even: Any, odd: Any) -> list[Any]:
-    """Put the bytes of two vectors alternately into two."""
-    orders = [[start + place // 2 + 16 * (place % 2) for place in range(16)] for start in (0, 8)]
-    return [builder.shuffle_vector(even, odd, ir.VectorType(ir.IntType(32), 16)(order)) for order in orders]
+    """Put the lanes of two vectors alternately into two."""
+    orders = [[start + place // 2 + LANES * (place % 2) for place in range(LANES)] for start in (0, LANES // 2)]
+    return [builder.shuffle_vector(even, odd, WORDS(order)) for order in orders]
 
 
 def _look_up_instruction() -> str | None:

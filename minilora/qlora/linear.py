@@ -64,14 +64,14 @@ class NF4Linear(nn.Module):
         self.register_buffer("absmax_bits", units.view(torch.int32))
         self.register_buffer("absmax_codes", nested.codes if nested else None)
         self.register_buffer("offset_bits", nested.offset.view(torch.int32) if nested else None)
-        self._made: tuple[list[tuple[int, int]], Quantized] | None = None  # where its buffers lay, and `quantized`
+        self._made: tuple[list[int], Quantized] | None = None  # where its buffers lay, and `quantized`
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     @property
     def quantized(self) -> Quantized:
         """The weight as it is stored; no copy is made."""
         buffers = [buffer for buffer in self._buffers.values() if buffer is not None]
-        here = [(id(buffer), buffer.data_ptr()) for buffer in buffers]  # others than last time after .to(), say
+        here = [*map(id, buffers), *map(Tensor.data_ptr, buffers)]  # others than last time after .to(), say
         if self._made is None or self._made[0] != here:
             self._made = here, self._as_stored()
         return self._made[1]

@@ -23,24 +23,25 @@ from torch import Tensor
 
 from minilora.cpu import amx, few_rows, few_tiles, jobs, tiles
 from minilora.cpu.amx import BLOCK, CONFIG, LINE, NUMBER, SHORT, Code, add_products, configure, release, zero_sums
-from minilora.cpu.few_rows import BYTE, FLOAT, WORD, instruction, prefetch
-from minilora.cpu.few_tiles import block_of, multiplied, packed, tiles_beside, write_sums
+from minilora.cpu.few_rows import BYTE, FLOAT, JOB, WORD, block_of, instruction, multiplied, prefetch
+from minilora.cpu.few_tiles import packed, tiles_beside, write_sums
 from minilora.cpu.jobs import address, digest_of, in_llvm, part, take, worker
 from minilora.cpu.tiles import lines
-from minilora.qlora import matmul_cpu
+from minilora.qlora import kernels_cpu, matmul_cpu
 from minilora.qlora.blockwise import Quantized
-from minilora.qlora.matmul_cpu import addresses, decode_units, may_be_decoded, sixteen_times
+from minilora.qlora.kernels_cpu import sixteen_times
+from minilora.qlora.matmul_cpu import PART, begins_with, decode_units, may_be_decoded
 
 AT_ONCE = 64  # weights
 FEATURES_A_PIECE = 256  # of 32 rows, 16 KiB: a third of a core's first cache
-FIELDS = "packed", "codebook", "absmax", "codes", "offset", "values", "block_bits", "bias", "y", "out_features"
-PART = np.dtype([(name, np.int64) for name in FIELDS])
 WIDE = ir.VectorType(WORD, AT_ONCE // 2)(list(range(AT_ONCE // 2)))  # sixteen of something, then of anything
 SHORTS = ir.VectorType(SHORT, AT_ONCE // 2)
 
 
 def fits(x: Tensor, *weights: Quantized) -> bool:
     """Whether these products are for `linears`: in bfloat16, with blocks and rows of whole groups of 64 weights."""
+    if not amx.is_there():  # asked first: it takes the least time
+        return False
     if x.dtype != torch.bfloat16 or x.shape[-1] % AT_ONCE or any(W.block_size % AT_ONCE for W in weights):
         return False
     return few_tiles.suits(x, min(W.shape[0] for W in weights)) and may_be_decoded(x, *weights)
@@ -55,13 +56,13 @@ def linears(x: Tensor, layers: Sequence[tuple[Quantized, Tensor | None]]) -> lis
     """
     amx.demand()
     few_tiles.check_sizes(x, [(W.shape[0], W.shape[1]) for W, _ in layers])
-    weights = [((*addresses(W), W.block_size.bit_length() - 1), bias, W.shape[0]) for W, bias in layers]
+    weights = [(begins_with(W), bias, W.shape[0]) for W, bias in layers]
     return multiplied(_product(tiles_beside(x)), x, weights)
 
 
 @cache
 def _product(n_halves: int) -> Any:
-    sources = digest_of(amx, few_rows, few_tiles, jobs, matmul_cpu, tiles)
+    sources = digest_of(amx, few_rows, few_tiles, jobs, kernels_cpu, matmul_cpu, tiles)
 
     def work(all_jobs):
         sources  # noqa: B018  (compiled anew when it changes)
@@ -75,26 +76,17 @@ def _product(n_halves: int) -> Any:
         while True:
             first = take(all_jobs, job.piece)
             for block in range(first, first + job.piece):
-                index, output = block_of(parts, block)
+                index, start = block_of(parts, block)
                 if index == job.n_parts:
                     release()
                     return
                 it = parts[index]
+                output = min(start, it.out_features - BLOCK)  # the last block may overlap the one before
                 y = numba.carray(address(it.y), (job.n_rows, it.out_features), np.uint16)
                 bias = numba.carray(address(it.bias), it.out_features if it.bias else 0, np.uint16)
                 codes = numba.carray(address(it.packed), it.out_features * job.in_features // 2, np.uint8)
                 codebook = numba.carray(address(it.codebook), 16, np.float32)
-                n_blocks = ((it.out_features * job.in_features - 1) >> it.block_bits) + 1
-                first_block = output * job.in_features >> it.block_bits
-                decode_units(
-                    it.absmax,
-                    it.codes,
-                    it.offset,
-                    it.values,
-                    n_blocks,
-                    first_block,
-                    units[: (BLOCK * job.in_features >> it.block_bits) + 2],
-                )
+                first_block = decode_units(it, job.in_features, output, output + BLOCK, units)
                 zero_sums()
                 for start in range(0, job.in_features, FEATURES_A_PIECE):
                     width = min(FEATURES_A_PIECE, job.in_features - start)
@@ -105,7 +97,7 @@ def _product(n_halves: int) -> Any:
                     add_products(W, 0, panel[start // BLOCK : (start + width) // BLOCK], n_halves, 0)
                 write_sums(sums, n_halves, bias, y, output)
 
-    return worker(work, few_tiles.JOB)
+    return worker(work, JOB)
 
 
 @part

@@ -29,11 +29,11 @@ def test_it_is_the_product(n_rows, in_features, out_features):
         whole_numbers(out_features, in_features),
         whole_numbers(out_features),
     )
-    y = few_rows.linear(x, W, bias)
+    y = few_rows.linears(x, [(W, bias)])[0]
 
     assert y.dtype == BFLOAT16
     assert torch.equal(y.float(), (x.float() @ W.float().T + bias.float()).to(BFLOAT16).float())
-    assert torch.equal(few_rows.linear(x, W).double(), (x.double() @ W.double().T).to(BFLOAT16).double())
+    assert torch.equal(few_rows.linears(x, [(W, None)])[0].double(), (x.double() @ W.double().T).to(BFLOAT16).double())
 
 
 @pytest.mark.parametrize("shape", [(576,), (1, 576), (2, 1, 576), (2, 3, 576)])
@@ -41,7 +41,7 @@ def test_sums_are_float32_and_rounded_once(shape):
     """A sum of n float32 products is off by at most n · 2⁻²⁴ of the sum of their sizes; then bfloat16 rounds by 2⁻⁸."""
     x, W = torch.randn(shape).to(BFLOAT16), torch.randn(192, 576).to(BFLOAT16)
     exact, sizes = x.double() @ W.double().T, x.double().abs() @ W.double().T.abs()
-    y = few_rows.linear(x, W)
+    y = few_rows.linears(x, [(W, None)])[0]
 
     assert y.shape == exact.shape
     assert ((y.double() - exact).abs() <= exact.abs() * 2**-8 * 1.01 + 576 * 2**-24 * sizes).all()
@@ -51,26 +51,37 @@ def test_sums_are_float32_and_rounded_once(shape):
 def test_a_nan_and_an_infinity_stay_what_they_are(bad):
     x, W = torch.ones(2, 64, dtype=BFLOAT16), torch.ones(1024, 64, dtype=BFLOAT16)
     x[1, 33] = bad
-    y = few_rows.linear(x, W)
+    y = few_rows.linears(x, [(W, None)])[0]
 
     torch.testing.assert_close(y, x @ W.T, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_row_has_the_same_bits_alone_among_others_and_in_any_number_of_threads():
     x, W = torch.randn(8, 576).to(BFLOAT16), torch.randn(577, 576).to(BFLOAT16)
-    y, before = few_rows.linear(x, W), torch.get_num_threads()
+    y, before = few_rows.linears(x, [(W, None)])[0], torch.get_num_threads()
     try:
         for n_threads in (1, 2, 5):
             torch.set_num_threads(n_threads)
             for n_rows in range(1, 9):
-                assert torch.equal(few_rows.linear(x[-n_rows:], W), y[-n_rows:])
+                assert torch.equal(few_rows.linears(x[-n_rows:], [(W, None)])[0], y[-n_rows:])
     finally:
         torch.set_num_threads(before)
 
 
+def test_several_weights_in_one_go_give_the_bits_of_each_alone():
+    """Also with a bias, and where a weight has fewer outputs than a block, or one output more than whole blocks."""
+    x, widths = torch.randn(5, 64).to(BFLOAT16), (1025, 2, 33, 64)
+    layers = [
+        (torch.randn(width, 64).to(BFLOAT16), torch.randn(width).to(BFLOAT16) if number % 2 else None)
+        for number, width in enumerate(widths)
+    ]
+    for y, layer in zip(few_rows.linears(x, layers), layers, strict=True):
+        assert torch.equal(y, few_rows.linears(x, [layer])[0])
+
+
 def test_more_rows_than_a_kernel_has_sums_for_are_refused():
     with pytest.raises(ValueError, match="up to 8 rows, not 9"):
-        few_rows.linear(torch.ones(9, 64, dtype=BFLOAT16), torch.ones(1024, 64, dtype=BFLOAT16))
+        few_rows.linears(torch.ones(9, 64, dtype=BFLOAT16), [(torch.ones(1024, 64, dtype=BFLOAT16), None)])
 
 
 # --- which products it takes
@@ -92,11 +103,11 @@ def test_more_rows_than_a_kernel_has_sums_for_are_refused():
 def test_it_takes_few_rows_of_a_large_weight(shape, out_features, taken, monkeypatch):
     seen = []
 
-    def watched(x, W, bias):
+    def watched(x, layers):
         seen.append(1)
-        return x @ W.T
+        return [x @ W.T for W, _ in layers]
 
-    monkeypatch.setattr(few_rows, "linear", watched)
+    monkeypatch.setattr(few_rows, "linears", watched)
     monkeypatch.setattr(few_tiles, "suits", lambda *_: False)
     x, W = torch.ones(shape, dtype=BFLOAT16), torch.ones(out_features, shape[-1], dtype=BFLOAT16)
     products.linear(x, W)
@@ -114,7 +125,7 @@ def test_what_does_not_fit_together_is_refused_by_torch():
     with pytest.raises((RuntimeError, TypeCheckError)):  # the second where the tests check shapes at every call
         products.linear(torch.ones(1, 128, dtype=BFLOAT16), W)
     with pytest.raises(ValueError, match=r"a bias for 1024 features of torch.bfloat16 is \(3,\), torch.float32"):
-        few_rows.linear(torch.ones(1, 64, dtype=BFLOAT16), W, torch.ones(3))
+        few_rows.linears(torch.ones(1, 64, dtype=BFLOAT16), [(W, torch.ones(3))])
 
 
 def test_the_decoders_linear_layer_is_torchs_where_gradients_flow():
@@ -150,8 +161,8 @@ class Disguised(torch.Tensor):
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("watcher", ["forward mode", "vmap", "trace", "dispatch mode", "subclass"])
 def test_where_torch_has_to_see_the_product_it_does(watcher, monkeypatch):
-    monkeypatch.setattr(few_rows, "linear", lambda x, W, bias: pytest.fail("torch did not see it"))
-    monkeypatch.setattr(few_tiles, "linears", lambda x, layers: pytest.fail("torch did not see it"))
+    for kernels in (few_rows, few_tiles):
+        monkeypatch.setattr(kernels, "linears", lambda x, layers: pytest.fail("torch did not see it"))
     layer, x = Linear(64, 1024).to(BFLOAT16).requires_grad_(False), torch.randn(2, 64, dtype=BFLOAT16)
     if watcher == "forward mode":
         with forward_ad.dual_level():
@@ -183,7 +194,7 @@ quantized = blockwise.quantize(W, double=True)
 def both():
     from minilora.cpu import few_rows
     from minilora.qlora import matmul_cpu
-    return torch.cat([few_rows.linear(x, W), matmul_cpu.linear(x, quantized)])
+    return torch.cat([few_rows.linears(x, [(W, None)])[0], matmul_cpu.linears(x, [(quantized, None)])[0]])
 """
 
 
@@ -222,9 +233,11 @@ def test_a_forked_child_can_be_the_first_to_call(run_program):
     assert run_program(BOTH, program, PYTHONWARNINGS="ignore") == "0"
 
 
-@pytest.mark.parametrize("settings", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_ENABLE_AVX": "0"}])
+@pytest.mark.parametrize(
+    "settings", [{"NUMBA_CPU_NAME": "haswell"}, {"NUMBA_CPU_NAME": "generic"}, {"NUMBA_ENABLE_AVX": "0"}]
+)
 def test_a_processor_without_these_instructions_gives_the_same_bits(settings, tmp_path, run_program):
-    """No vectors of 16 floats, no table of 16 in a register; generic: no fused multiply-add either."""
+    """No vectors of 16 floats; haswell: a table of 16 in two registers, else in none; generic: no multiply-add."""
     program = "print(both().view(torch.int16).tolist())"
 
     assert run_program(BOTH, program, **settings, NUMBA_CACHE_DIR=str(tmp_path)) == run_program(BOTH, program)

@@ -13,7 +13,7 @@ from jaxtyping import TypeCheckError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from minilora.cpu import Linear, amx, few_tiles, products
+from minilora.cpu import Linear, amx, few_rows, few_tiles, products
 from minilora.cpu.linear import each
 from minilora.qlora import NF4Linear
 
@@ -97,7 +97,7 @@ def test_the_whole_result_is_asked_for(monkeypatch):
     asked = []
     monkeypatch.setattr(amx, "is_there", lambda: True)
     monkeypatch.setattr(few_tiles, "_product", lambda n_halves: None)
-    monkeypatch.setattr(few_tiles, "run", lambda worker, total, *fields: asked.append(total))
+    monkeypatch.setattr(few_rows, "run", lambda worker, total, *fields: asked.append(total))
     few_tiles.linears(whole_numbers(1, 64), [(whole_numbers(n, 64), None) for n in (32, 33, 1000)])
 
     assert asked == [1 + 2 + 32]

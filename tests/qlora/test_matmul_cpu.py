@@ -1,11 +1,13 @@
 """The product of a few rows with a weight in 4 bits is the product with the reference's float32 weights."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+from minilora.cpu import few_rows
 from minilora.qlora import FP4, INT4, NF4, Quantized, blockwise, fast, matmul_cpu
 from minilora.qlora.blockwise import BLOCK_SIZES
 
@@ -26,7 +28,7 @@ def test_it_is_the_product_with_the_references_weight(n_rows, codebook, double, 
     x, quantized = torch.randn(n_rows, 96).to(dtype), blockwise.quantize(torch.randn(1025, 96), codebook, double=double)
     W = blockwise.dequantize(quantized).double()
     exact, sizes = x.double() @ W.T, x.double().abs() @ W.T.abs()
-    y = matmul_cpu.linear(x, quantized)
+    y = matmul_cpu.linears(x, [(quantized, None)])[0]
 
     assert y.dtype == dtype
     assert ((y.double() - exact).abs() <= exact.abs() * rounding(dtype) * 1.01 + 98 * 2**-24 * sizes).all()
@@ -42,19 +44,44 @@ def test_every_weight_has_the_unit_of_its_block(out_features, in_features, doubl
     right = blockwise.dequantize(quantized)
     for start in range(0, in_features, 8):
         x = torch.eye(in_features)[start : start + 8]
-        assert torch.equal(matmul_cpu.linear(x, quantized), right.T[start : start + 8])
+        assert torch.equal(matmul_cpu.linears(x, [(quantized, None)])[0], right.T[start : start + 8])
 
 
 def test_a_row_has_the_same_bits_alone_among_others_and_in_any_number_of_threads():
     x, quantized = torch.randn(8, 576), blockwise.quantize(torch.randn(193, 576), double=True)
-    y, before = matmul_cpu.linear(x, quantized), torch.get_num_threads()
+    y, before = matmul_cpu.linears(x, [(quantized, None)])[0], torch.get_num_threads()
     try:
         for n_threads in (1, 2, 5):
             torch.set_num_threads(n_threads)
             for n_rows in range(1, 9):
-                assert torch.equal(matmul_cpu.linear(x[:n_rows], quantized), y[:n_rows])
+                assert torch.equal(matmul_cpu.linears(x[:n_rows], [(quantized, None)])[0], y[:n_rows])
     finally:
         torch.set_num_threads(before)
+
+
+def test_several_weights_in_one_go_give_the_bits_of_each_alone():
+    """Whatever is double-quantized, has another codebook, block size or bias, or fewer outputs than a block."""
+    settings = [(NF4, 64, True), (FP4, 32, False), (INT4, 4096, True), (NF4, 128, False), (NF4, 64, True)]
+    x, widths = torch.randn(3, 96), (1025, 2, 33, 64, 700)
+    weights = [
+        blockwise.quantize(torch.randn(width, 96), codebook, block_size, double=double)
+        for width, (codebook, block_size, double) in zip(widths, settings, strict=True)
+    ]
+    layers = [(W, torch.randn(W.shape[0]) if number % 2 else None) for number, W in enumerate(weights)]
+
+    for y, layer in zip(matmul_cpu.linears(x, layers), layers, strict=True):
+        assert torch.equal(y, matmul_cpu.linears(x, [layer])[0])
+
+
+def test_a_copy_is_read_where_it_lies_itself():
+    """What was looked up for one weight once does not go along with its copy."""
+    x, quantized = torch.randn(1, 96), blockwise.quantize(torch.randn(1000, 96), double=True)
+    right = matmul_cpu.linears(x, [(quantized, None)])[0]
+    copied = copy.deepcopy(quantized)
+    quantized.packed.zero_()
+
+    assert copied.addresses != quantized.addresses
+    assert torch.equal(matmul_cpu.linears(x, [(copied, None)])[0], right)
 
 
 @pytest.mark.parametrize("shape", [(96,), (1, 96), (2, 3, 96)])
@@ -107,9 +134,9 @@ def test_a_part_that_lies_elsewhere_or_in_other_numbers_is_left_to_the_reference
 
 
 def test_the_whole_result_is_asked_for(monkeypatch):
-    """What run is told to expect is what it holds the workers to."""
+    """What run is told to expect, in blocks of 32 outputs, is what it holds the workers to."""
     asked = []
-    monkeypatch.setattr(matmul_cpu, "run", lambda worker, total, *fields: asked.append(total))
-    matmul_cpu.linear(torch.ones(1, 96), blockwise.quantize(torch.randn(1000, 96)))
+    monkeypatch.setattr(few_rows, "run", lambda worker, total, *fields: asked.append(total))
+    matmul_cpu.linears(torch.ones(1, 96), [(blockwise.quantize(torch.randn(1000, 96)), None)])
 
-    assert asked == [1000]
+    assert asked == [32]
