@@ -117,3 +117,15 @@ def test_gradients_of_gradients_are_refused():
 
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+def test_torchs_compiler_and_sympy_stay_out(run_program):
+    """Either takes tens of MiB, which is what checkpointing is to save."""
+    program = """
+        import sys, torch
+        from minilora.llm.checkpointing import recomputed
+        layer = torch.nn.Linear(4, 4)
+        recomputed(layer, torch.ones(2, 4, requires_grad=True)).sum().backward()
+        print(layer.weight.grad is not None, [name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+    """
+    assert run_program(program) == "True []"
