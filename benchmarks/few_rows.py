@@ -11,6 +11,7 @@ All weights take 270 MB in bfloat16 and the layers' 55 MB in 4 bits, so that no 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from minilora.qlora import fast, matmul_cpu, matmul_tiles
 
 LAYER = [[(576, 576), (192, 576), (192, 576)], [(576, 576)], [(1536, 576), (1536, 576)], [(576, 1536)]]
 HEAD = (49152, 576)
-ROWS = (1, 8, 16, 32)
+ROWS = (1, 8, 9, 16, 24, 32)
 ROUNDS = 15
 Way = Callable[[torch.Tensor, Sequence[Any]], object]  # multiplies one x with several weights
 
@@ -35,7 +36,7 @@ def main() -> None:
         for what, weights, ways in (
             ("bfloat16, with the head", groups, ways_in_bfloat16(n_rows)),
             ("bfloat16, layers alone", groups[:-1], ways_in_bfloat16(n_rows)),
-            ("4 bits, layers alone", in_4_bits, ways_in_4_bits(n_rows)),
+            ("4 bits, layers alone", in_4_bits, ways_of(matmul_cpu, matmul_tiles, n_rows)),
         ):
             found = [f"{name} {median:.1f} ({least:.1f})" for name, median, least in times(weights, ways, n_rows)]
             print(f"  {what:<25}" + "   ".join(found), flush=True)
@@ -43,21 +44,17 @@ def main() -> None:
 
 def ways_in_bfloat16(n_rows: int) -> dict[str, Way]:
     ways: dict[str, Way] = {"F.linear": lambda x, weights: [F.linear(x, W) for W in weights]}
-    if n_rows <= few_rows.MOST_ROWS:
-        ways["few_rows"] = lambda x, weights: [few_rows.linears(x, [(W, None)])[0] for W in weights]
-    if amx.is_there():
-        ways["few_tiles"] = lambda x, weights: [few_tiles.linears(x, [(W, None)]) for W in weights]
-        ways["together"] = lambda x, weights: few_tiles.linears(x, [(W, None) for W in weights])
-    return ways
+    return ways | ways_of(few_rows, few_tiles, n_rows)
 
 
-def ways_in_4_bits(n_rows: int) -> dict[str, Way]:
+def ways_of(in_registers: ModuleType, on_tiles: ModuleType, n_rows: int) -> dict[str, Way]:
+    """Each weight in a call of its own, and several weights of one x in one."""
+    kernels = [in_registers] + [on_tiles] * amx.is_there()
     ways: dict[str, Way] = {}
-    if n_rows <= few_rows.MOST_ROWS:
-        ways["matmul_cpu"] = lambda x, weights: [matmul_cpu.linear(x, W) for W in weights]
-    if amx.is_there():
-        ways["matmul_tiles"] = lambda x, weights: [matmul_tiles.linears(x, [(W, None)]) for W in weights]
-        ways["together"] = lambda x, weights: matmul_tiles.linears(x, [(W, None) for W in weights])
+    for module in kernels:
+        name = module.__name__.rpartition(".")[2]
+        ways[name] = lambda x, weights, m=module: [m.linears(x, [(W, None)]) for W in weights]
+        ways[f"{name} together"] = lambda x, weights, m=module: m.linears(x, [(W, None) for W in weights])
     return ways
 
 

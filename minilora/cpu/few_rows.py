@@ -1,13 +1,17 @@
 """Products of a few rows with a frozen weight, as fast as memory gives the weight.
 
-    x    (rows, in), up to 8 rows        W    (out, in)        y    (rows, out)        all bfloat16
+    x    (rows, in), up to 32 rows        W    (out, in)        y    (rows, out)        all bfloat16
 
     y = x Wᵀ        for one W, or for several that are multiplied by the same x
 
 Text is generated one token a row at a time, and each reads every weight of the model: two operations a weight and row,
 which a core does many times faster than memory brings it. So the floor is the bytes of W over the bandwidth, and
-what a core has to do is to ask early: each weight is fetched 4 KiB before it is used. On two virtual cores that read
-16 GB/s, torch.mm reads weights of SmolLM2-135M at 5 to 6 and this kernel at 15 (8 rows, bound by arithmetic: 10).
+what a core has to do is to ask early: each weight is fetched 4 KiB before it is used. Milliseconds for all products of
+SmolLM2-135M, 270 MB, on two cores with AVX-512 (benchmarks/few_rows.py):
+
+                1 row    8 rows    16 rows    32 rows
+    F.linear      24        38         50         78
+    here          12        17         25         53        from 8 rows on bound by arithmetic
 
 Sums are float32, sixteen side by side and then their sum: the same bits for any number of threads, and for a row alone
 or among others.
@@ -32,7 +36,8 @@ from minilora.cpu import jobs
 from minilora.cpu.jobs import address, compiled, compiles_for, digest_of, in_llvm, part, run, take, worker
 from minilora.cpu.products import FEATURES_AT_ONCE
 
-MOST_ROWS = 8
+MOST_ROWS = 32
+MOST_ROWS_AT_ONCE = 8
 OUTPUTS_AT_ONCE = 2  # with 8 rows their sums take 16 of a core's 32 vector registers
 BLOCK = 32  # outputs
 MOST_BLOCKS_A_PIECE = 32
@@ -79,13 +84,20 @@ def multiplied(kernel: Any, x: Tensor, weights: Sequence[tuple[tuple[int, ...], 
 
 def suits(x: Tensor) -> bool:
     """Whether rows that products.are_few are multiplied here faster than by torch."""
-    return x.numel() <= MOST_ROWS * x.shape[-1] and is_fast()
+    return x.numel() <= most_rows() * x.shape[-1]
 
 
 @cache
-def is_fast() -> bool:
-    """Whether the processor multiplies and adds in one instruction; one without would call a function for each."""
-    return platform.machine() not in ("x86_64", "AMD64") or compiles_for("fma")
+def most_rows() -> int:
+    """How many rows are multiplied faster here than by torch: the fewer, the less sums the processor's registers hold.
+
+    None by x86 without an instruction that multiplies and adds, for which a function would be called.
+    """
+    if compiles_for("avx512f"):
+        return MOST_ROWS
+    if compiles_for("avx2") and compiles_for("fma"):
+        return 16
+    return 0 if platform.machine() in ("x86_64", "AMD64") and not compiles_for("fma") else 8
 
 
 def bias_at(bias: Tensor | None, y: Tensor) -> int:
@@ -123,8 +135,9 @@ def _product(n_sums: int) -> Any:
                 bias = numba.carray(address(it.bias), it.out_features if it.bias else 0, np.uint16)
                 for place in range(start, min(start + BLOCK, it.out_features), OUTPUTS_AT_ONCE):
                     output = min(place, it.out_features - OUTPUTS_AT_ONCE)
-                    _multiply(n_sums, rows, W, output, sums)
-                    write_sums(sums, bias, y, output)
+                    for row in range(0, job.n_rows, n_sums):
+                        _multiply(n_sums, rows, row, W, output, sums)
+                        write_sums(sums, bias, y, row, output)
 
     return worker(work, JOB)
 
@@ -141,14 +154,14 @@ def block_of(parts, block):
 
 
 def padded(n_rows: int) -> int:
-    """The number of sums of the kernel for so many rows: 1, 2, 4 or 8. Rows that are not there are zeros.
+    """How many rows the kernel for so many takes at once: 1, 2, 4 or 8. Rows that are not there are zeros.
 
     Raises:
-        ValueError: for more than 8 rows.
+        ValueError: for more than 32 rows.
     """
     if n_rows > MOST_ROWS:
         raise ValueError(f"these kernels take up to {MOST_ROWS} rows, not {n_rows}")
-    return 1 << (n_rows - 1).bit_length()
+    return min(MOST_ROWS_AT_ONCE, 1 << (n_rows - 1).bit_length())
 
 
 @compiled
@@ -168,13 +181,14 @@ def to_bfloat16(number):
 
 @compiled
 def widened(x, n_sums):
-    """Give rows as float32, as many as a kernel takes (zeros where x has none), in the order of the kernels.
+    """Give rows as float32, and zeros up to a multiple of n_sums, in the order of the kernels.
 
     Of every 32 features the first of each pair stand before the second ones, as two vectors.
     """
-    memory = np.zeros((n_sums + 1) * x.shape[1], np.float32)
+    n_rows = -(-x.shape[0] // n_sums) * n_sums
+    memory = np.zeros((n_rows + 1) * x.shape[1], np.float32)
     unaligned = memory.ctypes.data % 64 // 4  # a vector over two lines of memory takes two loads: 1.5 times as long
-    rows = memory[LANES - unaligned :][: n_sums * x.shape[1]].reshape(n_sums, x.shape[1])
+    rows = memory[LANES - unaligned :][: n_rows * x.shape[1]].reshape(n_rows, x.shape[1])
     for row in range(x.shape[0]):
         for start in range(0, x.shape[1], FEATURES_AT_ONCE):
             given, ordered = x[row, start : start + FEATURES_AT_ONCE], rows[row, start : start + FEATURES_AT_ONCE]
@@ -190,12 +204,12 @@ def widened(x, n_sums):
 
 
 @in_llvm(prefer_literal=True)
-def _multiply(typing_context, n_rows, x, W, output, sums):
-    """sums[2 row + k] = x[row] · W[output + k], k = 0 and 1; words of 16 bits in W are bfloat16."""
+def _multiply(typing_context, n_rows, x, row, W, output, sums):
+    """sums[2 i + k] = x[row + i] · W[output + k], i < n_rows, k = 0 and 1; words of 16 bits in W are bfloat16."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x_array, W_array, sums_array = (
-            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (1, 2, 4)
+            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (1, 3, 5)
         )
         in_features = cgutils.unpack_tuple(builder, W_array.shape)[1]
 
@@ -206,20 +220,21 @@ def _multiply(typing_context, n_rows, x, W, output, sums):
             firsts, seconds = builder.shl(pairs, WORDS([16] * LANES)), builder.and_(pairs, WORDS([0xFFFF0000] * LANES))
             return [builder.bitcast(firsts, FLOATS), builder.bitcast(seconds, FLOATS)]
 
-        products(builder, n_rows.literal_value, x_array, arguments[3], sums_array, weights)
+        products(builder, n_rows.literal_value, x_array, arguments[2], arguments[4], sums_array, weights)
         return context.get_dummy_value()
 
-    return types.void(n_rows, x, W, output, sums), generate
+    return types.void(n_rows, x, row, W, output, sums), generate
 
 
-def products(builder: Any, n_rows: int, x: Any, first: Any, results: Any, weights: Weights) -> None:
+def products(builder: Any, n_rows: int, x: Any, first_row: Any, output: Any, results: Any, weights: Weights) -> None:
     """Write the loop over the features in LLVM's words: Numba has none for a prefetch, nor for sums kept in registers.
 
     `weights(output, feature)` writes what gives 32 weights of one output, as two vectors of floats.
     """
     in_features = cgutils.unpack_tuple(builder, x.shape)[1]
     number = in_features.type
-    outputs = [builder.add(first, number(k)) for k in range(OUTPUTS_AT_ONCE)]
+    outputs = [builder.add(output, number(k)) for k in range(OUTPUTS_AT_ONCE)]
+    x_at = builder.gep(x.data, [builder.mul(first_row, in_features)])
     sums = [[cgutils.alloca_once_value(builder, FLOATS([0.0] * LANES)) for _ in outputs] for _ in range(n_rows)]
     multiply_add = instruction(builder, f"llvm.fma.v{LANES}f32", FLOATS, [FLOATS] * 3)
     with cgutils.for_range(builder, builder.udiv(in_features, number(FEATURES_AT_ONCE))) as loop:
@@ -228,7 +243,7 @@ def products(builder: Any, n_rows: int, x: Any, first: Any, results: Any, weight
         for row in range(n_rows):
             place = builder.add(builder.mul(number(row), in_features), feature)
             for half in range(2):
-                values = load(builder, builder.gep(x.data, [builder.add(place, number(LANES * half))]))
+                values = load(builder, builder.gep(x_at, [builder.add(place, number(LANES * half))]))
                 for k, total in enumerate(sums[row]):
                     builder.store(builder.call(multiply_add, [W[k][half], values, builder.load(total)]), total)
     totals = [builder.load(total) for total in itertools.chain(*sums)]
@@ -240,14 +255,14 @@ def products(builder: Any, n_rows: int, x: Any, first: Any, results: Any, weight
 
 
 @in_llvm
-def write_sums(typing_context, sums, bias, y, output):
-    """y[row, output + k] = sums[2 row + k] + bias[output + k], k = 0 and 1, rounded if y is bfloat16."""
+def write_sums(typing_context, sums, bias, y, row, output):
+    """y[row + i, output + k] = sums[2 i + k] + bias[output + k], i < 8 as far as y goes, rounded if y is bfloat16."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums_array, bias_array, y_array = (
             context.make_array(signature.args[i])(context, builder, arguments[i]) for i in range(3)
         )
-        output, is_rounded = arguments[3], signature.args[2].dtype == types.uint16
+        (row, output), is_rounded = arguments[3:], signature.args[2].dtype == types.uint16
         (n_rows, out_features), (n_biases,) = (
             cgutils.unpack_tuple(builder, array.shape) for array in (y_array, bias_array)
         )
@@ -264,13 +279,16 @@ def write_sums(typing_context, sums, bias, y, output):
         pair_of = ir.IntType(32 if is_rounded else 64)
         pairs = cgutils.alloca_once_value(builder, builder.bitcast(numbers, ir.VectorType(pair_of, LANES // 2)))
         first_pair = builder.bitcast(pairs, pair_of.as_pointer())
-        with cgutils.for_range(builder, n_rows) as loop:
-            at = builder.gep(y_array.data, [builder.add(builder.mul(loop.index, out_features), output)])
+        rows_left, most = builder.sub(n_rows, row), n_rows.type(MOST_ROWS_AT_ONCE)
+        count = builder.select(builder.icmp_signed("<", rows_left, most), rows_left, most)
+        with cgutils.for_range(builder, count) as loop:
+            place = builder.mul(builder.add(row, loop.index), out_features)
+            at = builder.gep(y_array.data, [builder.add(place, output)])
             pair = builder.load(builder.gep(first_pair, [loop.index]))
             builder.store(pair, builder.bitcast(at, pair_of.as_pointer()), align=2)
         return context.get_dummy_value()
 
-    return types.void(sums, bias, y, output), generate
+    return types.void(sums, bias, y, row, output), generate
 
 
 def to_bfloat16s(builder: Any, floats: Any) -> Any:

@@ -98,8 +98,9 @@ def _product(n_sums: int, dtype: torch.dtype) -> Any:
                 first_block = decode_units(it, job.in_features, min(start, stop - OUTPUTS_AT_ONCE), stop, units)
                 for place in range(start, stop, OUTPUTS_AT_ONCE):
                     output = min(place, stop - OUTPUTS_AT_ONCE)
-                    _multiply(n_sums, rows, packed, codebook, units, first_block, it.block_bits, output, sums)
-                    write_sums(sums, bias, y, output)
+                    for row in range(0, job.n_rows, n_sums):
+                        _multiply(n_sums, rows, row, packed, codebook, units, first_block, it.block_bits, output, sums)
+                        write_sums(sums, bias, y, row, output)
 
     return worker(work, JOB)
 
@@ -128,13 +129,13 @@ def decode_units(weight, in_features, first, stop, units):
 
 
 @in_llvm(prefer_literal=True)
-def _multiply(typing_context, n_rows, x, packed, codebook, units, first_block, block_bits, output, sums):
-    """sums[2 row + k] = x[row] · W[output + k], k = 0 and 1; units are those from first_block on."""
+def _multiply(typing_context, n_rows, x, row, packed, codebook, units, first_block, block_bits, output, sums):
+    """sums[2 i + k] = x[row + i] · W[output + k], i < n_rows, k = 0 and 1; units are those from first_block on."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        arrays = [context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (1, 2, 3, 4, 8)]
+        arrays = [context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (1, 3, 4, 5, 9)]
         rows, codes_at, codebook_at, units_at = arrays[0], arrays[1].data, arrays[2].data, arrays[3].data
-        first_block, block_bits, first_output = arguments[5:8]
+        first_block, block_bits, output = arguments[6:9]
         in_features = cgutils.unpack_tuple(builder, rows.shape)[1]
 
         def weights(output: Any, feature: Any) -> list[Any]:
@@ -148,8 +149,8 @@ def _multiply(typing_context, n_rows, x, packed, codebook, units, first_block, b
             firsts, seconds = builder.lshr(pairs, WORDS([4] * LANES)), builder.and_(pairs, WORDS([15] * LANES))
             return [look_up(builder, table, codes) for codes in (firsts, seconds)]
 
-        products(builder, n_rows.literal_value, rows, first_output, arrays[4], weights)
+        products(builder, n_rows.literal_value, rows, arguments[2], output, arrays[4], weights)
         return context.get_dummy_value()
 
-    kinds = (n_rows, x, packed, codebook, units, types.int64, types.int64, types.int64, sums)
+    kinds = (n_rows, x, row, packed, codebook, units, types.int64, types.int64, types.int64, sums)
     return types.void(*kinds), generate

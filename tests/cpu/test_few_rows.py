@@ -1,6 +1,7 @@
 """The product of a few rows is the product, with the same bits for any threads and neighbours, and reads W alone."""
 
 import os
+import platform
 import sys
 
 import pytest
@@ -14,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from minilora.cpu import Linear, few_rows, few_tiles, products
 
 BFLOAT16 = torch.bfloat16
+AVX2 = "+avx2,+avx,+fma,+ssse3"
+needs_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="it has no such instructions")
 
 
 def whole_numbers(*shape: int) -> torch.Tensor:
@@ -21,7 +24,7 @@ def whole_numbers(*shape: int) -> torch.Tensor:
     return torch.randint(-1, 2, shape).to(BFLOAT16)
 
 
-@pytest.mark.parametrize("n_rows", range(1, 9))
+@pytest.mark.parametrize("n_rows", [*range(1, 10), 16, 23, 32])
 @pytest.mark.parametrize(("in_features", "out_features"), [(32, 2048), (64, 1025), (224, 293), (1536, 43)])
 def test_it_is_the_product(n_rows, in_features, out_features):
     x, W, bias = (
@@ -57,12 +60,12 @@ def test_a_nan_and_an_infinity_stay_what_they_are(bad):
 
 
 def test_a_row_has_the_same_bits_alone_among_others_and_in_any_number_of_threads():
-    x, W = torch.randn(8, 576).to(BFLOAT16), torch.randn(577, 576).to(BFLOAT16)
+    x, W = torch.randn(20, 576).to(BFLOAT16), torch.randn(577, 576).to(BFLOAT16)
     y, before = few_rows.linears(x, [(W, None)])[0], torch.get_num_threads()
     try:
         for n_threads in (1, 2, 5):
             torch.set_num_threads(n_threads)
-            for n_rows in range(1, 9):
+            for n_rows in range(1, 20):
                 assert torch.equal(few_rows.linears(x[-n_rows:], [(W, None)])[0], y[-n_rows:])
     finally:
         torch.set_num_threads(before)
@@ -80,11 +83,18 @@ def test_several_weights_in_one_go_give_the_bits_of_each_alone():
 
 
 def test_more_rows_than_a_kernel_has_sums_for_are_refused():
-    with pytest.raises(ValueError, match="up to 8 rows, not 9"):
-        few_rows.linears(torch.ones(9, 64, dtype=BFLOAT16), [(torch.ones(1024, 64, dtype=BFLOAT16), None)])
+    with pytest.raises(ValueError, match="up to 32 rows, not 33"):
+        few_rows.linears(torch.ones(33, 64, dtype=BFLOAT16), [(torch.ones(1024, 64, dtype=BFLOAT16), None)])
 
 
 # --- which products it takes
+
+
+@needs_x86
+@pytest.mark.parametrize(("features", "most"), [("+avx512f,+avx2,+fma", "32"), (AVX2, "16"), ("+sse4.2", "0")])
+def test_the_fewer_registers_hold_sums_the_fewer_rows_it_takes(features, most, run_program):
+    settings = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
+    assert run_program("from minilora.cpu import few_rows; print(few_rows.most_rows())", **settings) == most
 
 
 @pytest.mark.parametrize(
@@ -93,7 +103,8 @@ def test_more_rows_than_a_kernel_has_sums_for_are_refused():
         ((1, 576), 192, True),
         ((8, 1, 576), 192, True),
         ((576,), 192, True),
-        ((9, 576), 192, False),
+        ((32, 576), 192, True),
+        ((33, 576), 192, False),
         ((0, 576), 192, False),
         ((1, 592), 192, False),  # not a multiple of 32
         ((1, 576), 64, False),  # small enough for a core's cache
@@ -108,6 +119,7 @@ def test_it_takes_few_rows_of_a_large_weight(shape, out_features, taken, monkeyp
         return [x @ W.T for W, _ in layers]
 
     monkeypatch.setattr(few_rows, "linears", watched)
+    monkeypatch.setattr(few_rows, "most_rows", lambda: 32)
     monkeypatch.setattr(few_tiles, "suits", lambda *_: False)
     x, W = torch.ones(shape, dtype=BFLOAT16), torch.ones(out_features, shape[-1], dtype=BFLOAT16)
     products.linear(x, W)
@@ -234,7 +246,12 @@ def test_a_forked_child_can_be_the_first_to_call(run_program):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"NUMBA_CPU_NAME": "haswell"}, {"NUMBA_CPU_NAME": "generic"}, {"NUMBA_ENABLE_AVX": "0"}]
+    "settings",
+    [
+        pytest.param({"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2}, marks=needs_x86),
+        {"NUMBA_CPU_NAME": "generic"},
+        {"NUMBA_ENABLE_AVX": "0"},
+    ],
 )
 def test_a_processor_without_these_instructions_gives_the_same_bits(settings, tmp_path, run_program):
     """No vectors of 16 floats; haswell: a table of 16 in two registers, else in none; generic: no multiply-add."""

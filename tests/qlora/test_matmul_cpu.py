@@ -22,7 +22,7 @@ def rounding(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("codebook", [NF4, FP4, INT4])
-@pytest.mark.parametrize("n_rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 8, 13, 32])
 def test_it_is_the_product_with_the_references_weight(n_rows, codebook, double, dtype):
     """A sum of n float32 products is off by at most n · 2⁻²⁴ of the sum of their sizes; then y is rounded."""
     x, quantized = torch.randn(n_rows, 96).to(dtype), blockwise.quantize(torch.randn(1025, 96), codebook, double=double)
@@ -48,12 +48,12 @@ def test_every_weight_has_the_unit_of_its_block(out_features, in_features, doubl
 
 
 def test_a_row_has_the_same_bits_alone_among_others_and_in_any_number_of_threads():
-    x, quantized = torch.randn(8, 576), blockwise.quantize(torch.randn(193, 576), double=True)
+    x, quantized = torch.randn(20, 576), blockwise.quantize(torch.randn(193, 576), double=True)
     y, before = matmul_cpu.linears(x, [(quantized, None)])[0], torch.get_num_threads()
     try:
         for n_threads in (1, 2, 5):
             torch.set_num_threads(n_threads)
-            for n_rows in range(1, 9):
+            for n_rows in range(1, 20):
                 assert torch.equal(matmul_cpu.linears(x[:n_rows], [(quantized, None)])[0], y[:n_rows])
     finally:
         torch.set_num_threads(before)
@@ -97,7 +97,7 @@ def test_fast_linear_goes_this_way_and_adds_the_bias(shape, monkeypatch):
 @pytest.mark.parametrize(
     ("x", "block_size"),
     [
-        (torch.ones(9, 96), 64),
+        (torch.ones(33, 96), 64),
         (torch.ones(1, 96, dtype=torch.float16), 64),
         (torch.ones(1, 96, dtype=torch.float64), 64),
         (torch.ones(1, 96), 48),  # only a file can have it
