@@ -38,7 +38,7 @@ from minilora.cpu.products import FEATURES_AT_ONCE
 
 MOST_ROWS = 32
 MOST_ROWS_AT_ONCE = 8
-OUTPUTS_AT_ONCE = 2  # with 8 rows their sums take 16 of a core's 32 vector registers
+OUTPUTS_AT_ONCE = 2  # with 8 rows their sums take 16 of AVX-512's 32 registers
 BLOCK = 32  # outputs
 MOST_BLOCKS_A_PIECE = 32
 AHEAD = 4096  # bytes
@@ -57,7 +57,7 @@ def linears(
     """Compute x Wᵀ + bias for each (W, bias), all bfloat16, where products.are_few and x `suits`. No gradients flow.
 
     Raises:
-        ValueError: for more than 8 rows.
+        ValueError: for more than 32 rows, or a bias that does not fit.
     """
     kernel = _product(padded(x.numel() // x.shape[-1]))
     return multiplied(kernel, x, [((W.data_ptr(),), bias, W.shape[0]) for W, bias in layers])
@@ -89,7 +89,7 @@ def suits(x: Tensor) -> bool:
 
 @cache
 def most_rows() -> int:
-    """How many rows are multiplied faster here than by torch: the fewer, the less sums the processor's registers hold.
+    """How many rows are multiplied faster here than by torch: the fewer, the fewer sums the processor's registers hold.
 
     None by x86 without an instruction that multiplies and adds, for which a function would be called.
     """

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 PROCESS = os.getpid()  # a forked child inherits none of its parent's threads
 PLAIN = (Tensor, nn.Parameter)
-FEW_ROWS = 32  # the most that few_tiles takes
+FEW_ROWS = 32  # the most that few_tiles and few_rows take
 MANY_ROWS = 256  # with fewer, what tiles packs takes longer than it saves
 LARGE = 2**16  # weights: a smaller W stays in a core's cache
 FEATURES_AT_ONCE = 32  # what the kernels for few rows multiply in one go
@@ -105,6 +105,7 @@ def kernels_for_few(x: Tensor, *weights: Tensor) -> ModuleType | None:
 def are_few(x: Tensor, *weights: Tensor) -> bool:
     """Whether products of x with these weights, each (out, in) in one piece and of x's dtype, are of few rows."""
     alike = all(W.dtype == x.dtype and is_in_one_piece(W) and W.shape[1] == weights[0].shape[1] for W in weights)
+    alike = alike and min(W.shape[0] for W in weights) > 1
     return alike and may_be_few(x, sum(W.shape[0] for W in weights), weights[0].shape[1])
 
 

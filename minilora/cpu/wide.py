@@ -16,6 +16,7 @@ time, and of a weight as large as a vocabulary's head some outputs, or features.
 
 import platform
 from functools import cache
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -92,5 +93,7 @@ def product(
 
 
 def parts(total: int, at_once: int) -> list[slice]:
-    """Cut a length into slices of so many, and a rest."""
-    return [slice(start, start + at_once) for start in range(0, total, max(1, at_once))]
+    """Cut a length into slices of so many or fewer, all about as long: a short rest would be multiplied slowly."""
+    count = max(1, -(-total // max(1, at_once)))
+    bounds = [total * k // count for k in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]

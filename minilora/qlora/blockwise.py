@@ -73,21 +73,26 @@ class Quantized:
         in_place = in_place and all(part.dtype == torch.float32 and is_in_one_piece(part) for part in floats)
         return in_place and len(self.shape) == 2 and self.block_size in BLOCK_SIZES
 
-    @cached_property
+    @property
     def addresses(self) -> tuple[int, ...]:
-        """Where a CPU's kernel finds its codes, codebook and units, as numbers looked up once, for the same reason.
+        """Where a CPU's kernel finds what it reads, now.
 
         In this order: packed, codebook, absmax; codes, offset and dynamic map, or 0 each without double quantization.
         """
-        units, device = self.absmax, self.packed.device
-        parts = [self.packed, self.codebook.table(device)]
+        units, (codebook, values) = self.absmax, self._tables
+        packed = self.packed.data_ptr()
         if isinstance(units, NestedAbsmax):
-            parts += [units.absmax, units.codes, units.offset, dynamic_map(device)]
-            return tuple(part.data_ptr() for part in parts)
-        return *(part.data_ptr() for part in [*parts, units]), 0, 0, 0
+            nested = units.absmax.data_ptr(), units.codes.data_ptr(), units.offset.data_ptr()
+            return packed, codebook, *nested, values
+        return packed, codebook, units.data_ptr(), 0, 0, 0
+
+    @cached_property
+    def _tables(self) -> tuple[int, int]:
+        """Addresses of the codebook and the dynamic map: tensors that live as long as the process."""
+        return self.codebook.table(self.packed.device).data_ptr(), dynamic_map(self.packed.device).data_ptr()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # a copy's parts lie elsewhere
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # another process has its own tables
 
 
 def quantize(

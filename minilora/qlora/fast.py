@@ -73,9 +73,11 @@ def linears(x: Tensor, layers: Sequence[tuple[Quantized, Tensor | None]]) -> lis
     if x.device.type == "cpu":
         from minilora.qlora import matmul_cpu, matmul_tiles
 
-        for few in (matmul_tiles, matmul_cpu):
-            if few.fits(x, *(W for W, _ in layers)):
-                return few.linears(x, layers)
+        weights = [W for W, _ in layers]
+        if matmul_tiles.fits(x, *weights):
+            return matmul_tiles.linears(x, layers)
+        if matmul_cpu.fits(x, *weights) and not any(matmul_tiles.fits(x, W) for W in weights):
+            return matmul_cpu.linears(x, layers)  # or a weight would be rounded alone, and not among others
     return [linear(x, W, bias) for W, bias in layers]
 
 

@@ -3,9 +3,9 @@
     y = x Wᵀ + bias,   W[output, feature] = codebook[code] · absmax[block], as float32
 
 The loop around this, its sums and its threads, are those of cpu/few_rows; what is read is a quarter of the bytes. The
-codebook's sixteen floats are one register of AVX-512, in which one instruction looks sixteen codes up: all layers of
-SmolLM2-135M take 15 ms for a row, where turning their weights into bfloat16 and torch.mm takes 110. Elsewhere each
-weight is loaded from the codebook.
+sixteen values that a block's weights can have are one register of AVX-512, or two of AVX2, in which kernels_cpu looks
+codes up: all layers of SmolLM2-135M take 7 ms for a row and 12 for eight, where in bfloat16 few_rows takes 10 and 13
+(benchmarks/few_rows.py). From eight rows on it is arithmetic that takes the time, and the gain is the memory.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,9 @@ from minilora.cpu.few_rows import (
 )
 from minilora.cpu.jobs import address, digest_of, in_llvm, part, take, worker
 from minilora.cpu.products import may_be_few
+from minilora.numpy_lora import nf4
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE
-from minilora.qlora import kernels_cpu
+from minilora.qlora import blockwise, kernels_cpu
 from minilora.qlora.blockwise import BLOCK_SIZES, Quantized
 from minilora.qlora.kernels_cpu import look_up, sixteen_times
 
@@ -55,8 +56,9 @@ def fits(x: Tensor, *weights: Quantized) -> bool:
 
 def may_be_decoded(x: Tensor, *weights: Quantized) -> bool:
     """Whether these products are of few rows, with weights of two axes that lie as kernels read them."""
-    alike = all(W.lies_as_expected and W.shape[1] == weights[0].shape[1] for W in weights)
-    return alike and may_be_few(x, sum(W.shape[0] for W in weights), weights[0].shape[1])
+    n_in = weights[0].shape[1]
+    alike = all(W.lies_as_expected and W.shape[1] == n_in and W.shape[0] >= OUTPUTS_AT_ONCE for W in weights)
+    return alike and may_be_few(x, sum(W.shape[0] for W in weights), n_in)
 
 
 def linears(
@@ -74,7 +76,7 @@ def begins_with(quantized: Quantized) -> tuple[int, ...]:
 
 @cache
 def _product(n_sums: int, dtype: torch.dtype) -> Any:
-    number, sources = NUMBERS[dtype], digest_of(jobs, few_rows, kernels_cpu)
+    number, sources = NUMBERS[dtype], digest_of(blockwise, few_rows, jobs, kernels_cpu, nf4)
 
     def work(all_jobs):
         sources  # noqa: B018  (compiled anew when it changes)

@@ -82,6 +82,14 @@ def test_several_weights_in_one_go_give_the_bits_of_each_alone():
         assert torch.equal(y, few_rows.linears(x, [layer])[0])
 
 
+def test_a_weight_of_one_output_does_not_go_along():
+    """The kernel takes two outputs at once; one alone would be read and written in front of where it lies."""
+    x, weights = whole_numbers(1, 64), [whole_numbers(width, 64) for width in (1025, 1)]
+    for y, W in zip(products.linears(x, [(W, None) for W in weights]), weights, strict=True):
+        assert torch.equal(y, x @ W.T)
+    assert products.kernels_for_few(x, *weights) is None
+
+
 def test_more_rows_than_a_kernel_has_sums_for_are_refused():
     with pytest.raises(ValueError, match="up to 32 rows, not 33"):
         few_rows.linears(torch.ones(33, 64, dtype=BFLOAT16), [(torch.ones(1024, 64, dtype=BFLOAT16), None)])
@@ -201,7 +209,7 @@ import os, torch
 torch.set_num_threads(2)
 from minilora.qlora import blockwise
 generator = torch.Generator().manual_seed(0)
-x, W = (torch.randn(n, 576, generator=generator).bfloat16() for n in (3, 193))
+x, W = (torch.randn(n, 576, generator=generator).bfloat16() for n in (11, 193))
 quantized = blockwise.quantize(W, double=True)
 def both():
     from minilora.cpu import few_rows

@@ -231,3 +231,8 @@ def test_a_plain_layer_in_4_bits_makes_its_weight_float32_at_once(slow_processor
 
     assert asked == 3 * [torch.float32]
     assert calls == [(96, 64), (96, 64), (64, 96)]
+
+
+@pytest.mark.parametrize(("total", "at_once", "lengths"), [(550, 256, [183, 183, 184]), (4, 9, [4]), (0, 9, [0])])
+def test_parts_are_about_as_long(total, at_once, lengths):
+    assert [part.stop - part.start for part in wide.parts(total, at_once)] == lengths

@@ -73,6 +73,23 @@ def test_several_weights_in_one_go_give_the_bits_of_each_alone():
         assert torch.equal(y, matmul_cpu.linears(x, [layer])[0])
 
 
+def test_a_weight_of_one_output_does_not_go_along():
+    """The kernels take two outputs at once; one alone would be read and written in front of where it lies."""
+    x, weights = torch.randn(1, 96), [blockwise.quantize(torch.randn(width, 96), double=True) for width in (1000, 1)]
+    for y, W in zip(fast.linears(x, [(W, None) for W in weights]), weights, strict=True):
+        torch.testing.assert_close(y, x @ blockwise.dequantize(W).T, rtol=1e-5, atol=1e-4)
+    assert not matmul_cpu.fits(x, *weights)
+
+
+def test_a_weight_whose_parts_moved_is_read_where_they_lie_now():
+    x, quantized = torch.randn(1, 96), blockwise.quantize(torch.randn(1000, 96), double=True)
+    matmul_cpu.linears(x, [(quantized, None)])
+    quantized.packed.share_memory_()
+    quantized.packed.fill_(0x77)  # NF4's code 7 is 0
+
+    assert not matmul_cpu.linears(x, [(quantized, None)])[0].any()
+
+
 def test_a_copy_is_read_where_it_lies_itself():
     """What was looked up for one weight once does not go along with its copy."""
     x, quantized = torch.randn(1, 96), blockwise.quantize(torch.randn(1000, 96), double=True)
