@@ -34,22 +34,22 @@ def main() -> None:
     for n_rows in ROWS:
         print(f"{n_rows} row{'s' * (n_rows > 1)}")
         for what, weights, ways in (
-            ("bfloat16, with the head", groups, ways_in_bfloat16(n_rows)),
-            ("bfloat16, layers alone", groups[:-1], ways_in_bfloat16(n_rows)),
-            ("4 bits, layers alone", in_4_bits, ways_of(matmul_cpu, matmul_tiles, n_rows)),
+            ("bfloat16, with the head", groups, ways_in_bfloat16()),
+            ("bfloat16, layers alone", groups[:-1], ways_in_bfloat16()),
+            ("4 bits, layers alone", in_4_bits, ways_of(matmul_cpu, matmul_tiles)),
         ):
             found = [f"{name} {median:.1f} ({least:.1f})" for name, median, least in times(weights, ways, n_rows)]
             print(f"  {what:<25}" + "   ".join(found), flush=True)
 
 
-def ways_in_bfloat16(n_rows: int) -> dict[str, Way]:
+def ways_in_bfloat16() -> dict[str, Way]:
     ways: dict[str, Way] = {"F.linear": lambda x, weights: [F.linear(x, W) for W in weights]}
-    return ways | ways_of(few_rows, few_tiles, n_rows)
+    return ways | ways_of(few_rows, few_tiles)
 
 
-def ways_of(in_registers: ModuleType, on_tiles: ModuleType, n_rows: int) -> dict[str, Way]:
+def ways_of(in_registers: ModuleType, on_tiles: ModuleType) -> dict[str, Way]:
     """Each weight in a call of its own, and several weights of one x in one."""
-    kernels = [in_registers] + [on_tiles] * amx.is_there()
+    kernels = [in_registers, on_tiles] if amx.is_there() else [in_registers]
     ways: dict[str, Way] = {}
     for module in kernels:
         name = module.__name__.rpartition(".")[2]
