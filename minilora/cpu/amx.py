@@ -23,8 +23,8 @@ from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 from numba.core import cgutils, types
 
-from minilora.cpu.few_rows import BYTE, FLOAT, LANES, WORD, WORDS, instruction, load
 from minilora.cpu.jobs import compiles_for, in_llvm
+from minilora.cpu.vectors import BYTE, FLOAT, LANES, WORD, WORDS, instruction, load
 
 SIDE = 16  # rows and outputs of a tile of sums
 BLOCK = 2 * SIDE  # rows and outputs whose sums are made together; and the features of a step

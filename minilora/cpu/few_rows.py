@@ -32,20 +32,26 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from torch import Tensor
 
-from minilora.cpu import jobs
-from minilora.cpu.jobs import address, compiled, compiles_for, digest_of, in_llvm, part, run, take, worker
+from minilora import cpu
+from minilora.cpu.jobs import address, compiles_for, digest_of, in_llvm, part, run, take, worker
 from minilora.cpu.products import FEATURES_AT_ONCE
+from minilora.cpu.vectors import (
+    FLOATS,
+    LANES,
+    WORD,
+    WORDS,
+    add_neighbours,
+    instruction,
+    load,
+    prefetch,
+    to_bfloat16s,
+)
 
 MOST_ROWS = 32
 MOST_ROWS_AT_ONCE = 8
 OUTPUTS_AT_ONCE = 2  # with 8 rows their sums take 16 of AVX-512's 32 registers
 BLOCK = 32  # outputs
 MOST_BLOCKS_A_PIECE = 32
-AHEAD = 4096  # bytes
-
-FLOAT, WORD, BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(8)
-LANES = 16
-FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
 Weights = Callable[[Any, Any], list[Any]]
 JOB = np.dtype([(name, np.int64) for name in ("taken", "x", "parts", "n_parts", "n_rows", "in_features", "piece")])
 PART = np.dtype([(name, np.int64) for name in ("W", "bias", "y", "out_features")])
@@ -115,7 +121,7 @@ def bias_at(bias: Tensor | None, y: Tensor) -> int:
 
 @cache
 def _product(n_sums: int) -> Any:
-    sources = digest_of(jobs)
+    sources = digest_of(cpu)
 
     def work(all_jobs):
         sources  # noqa: B018  (compiled anew when it changes)
@@ -164,22 +170,7 @@ def padded(n_rows: int) -> int:
     return min(MOST_ROWS_AT_ONCE, 1 << (n_rows - 1).bit_length())
 
 
-@compiled
-def from_bfloat16(word):
-    """Give the float32 of which a bfloat16's bits are the upper half."""
-    return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
-
-
-@compiled
-def to_bfloat16(number):
-    """Round a float32 to the nearest bfloat16, halfway to the even one; give its bits."""
-    if number != number:
-        return np.uint32(0x7FC0)
-    word = np.float32(number).view(np.uint32)
-    return np.uint32(word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-
-
-@compiled
+@part
 def widened(x, n_sums):
     """Give rows as float32, and zeros up to a multiple of n_sums, in the order of the kernels.
 
@@ -289,37 +280,3 @@ def write_sums(typing_context, sums, bias, y, row, output):
         return context.get_dummy_value()
 
     return types.void(sums, bias, y, row, output), generate
-
-
-def to_bfloat16s(builder: Any, floats: Any) -> Any:
-    """Do to sixteen floats what to_bfloat16 does to one."""
-    words = builder.bitcast(floats, WORDS)
-    is_odd = builder.and_(builder.lshr(words, WORDS([16] * LANES)), WORDS([1] * LANES))
-    rounded = builder.add(builder.add(words, WORDS([0x7FFF] * LANES)), is_odd)
-    upper = builder.lshr(rounded, WORDS([16] * LANES))
-    numbers = builder.select(builder.fcmp_ordered("ord", floats, floats), upper, WORDS([0x7FC0] * LANES))
-    return builder.trunc(numbers, ir.VectorType(ir.IntType(16), LANES))
-
-
-def add_neighbours(builder: Any, one: Any, other: Any) -> Any:
-    """Add the floats of two vectors in pairs: eight sums of the one, then eight of the other."""
-    evens, odds = (builder.shuffle_vector(one, other, WORDS(list(range(start, 2 * LANES, 2)))) for start in (0, 1))
-    return builder.fadd(evens, odds)
-
-
-def load(builder: Any, at: Any, count: int = LANES) -> Any:
-    """Load sixteen numbers, or so many."""
-    return builder.load(builder.bitcast(at, ir.VectorType(at.type.pointee, count).as_pointer()), align=1)
-
-
-def prefetch(builder: Any, at: Any) -> None:
-    """Ask for the line of memory that is AHEAD bytes behind an address, to be read, into all caches."""
-    bytes_at = BYTE.as_pointer()
-    ask = instruction(builder, "llvm.prefetch.p0", ir.VoidType(), [bytes_at, WORD, WORD, WORD])
-    ahead = builder.gep(builder.bitcast(at, bytes_at), [ir.IntType(64)(AHEAD)])
-    builder.call(ask, [ahead, WORD(0), WORD(3), WORD(1)])
-
-
-def instruction(builder: Any, name: str, gives: Any, takes: list[Any]) -> Any:
-    """Name one of LLVM's own functions, that builder.call may call it."""
-    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(gives, takes), name)

@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from minilora.cpu import amx, few_rows, jobs, tiles
+from minilora import cpu
+from minilora.cpu import amx
 from minilora.cpu.amx import (
     BLOCK,
     CONFIG,
@@ -37,9 +38,10 @@ from minilora.cpu.amx import (
     tile_of_columns,
     zero_sums,
 )
-from minilora.cpu.few_rows import JOB, PART, block_of, from_bfloat16, multiplied
+from minilora.cpu.few_rows import JOB, PART, block_of, multiplied
 from minilora.cpu.jobs import address, digest_of, part, take, worker
 from minilora.cpu.tiles import lines
+from minilora.cpu.vectors import from_bfloat16
 
 MOST_ROWS = BLOCK
 
@@ -86,7 +88,7 @@ def check_sizes(x: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
 
 @cache
 def _product(n_halves: int) -> Any:
-    sources = digest_of(amx, few_rows, jobs, tiles)
+    sources = digest_of(cpu)
 
     def work(all_jobs):
         sources  # noqa: B018  (compiled anew when it changes)

@@ -59,13 +59,14 @@ def compiles_for(feature: str) -> bool:
     return f"+{feature}" in features.split(",")
 
 
-def digest_of(*modules: ModuleType) -> int:
-    """A number that changes with these modules' sources.
+def digest_of(*packages: ModuleType) -> int:
+    """A number that changes with any source of these packages.
 
-    Numba keeps what it compiled until the function's own file changes, or a number from outside that it uses: a worker
-    that takes in functions of other files uses their digest.
+    Numba keeps what it compiled until the function's own file changes, or a number from outside that it uses: a kernel
+    that takes in functions or numbers of other files uses the digest of their packages.
     """
-    sources = b"".join(Path(module.__file__ or "").read_bytes() for module in modules)
+    folders = [Path(package.__file__ or "").parent for package in packages]
+    sources = b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py")))
     return int.from_bytes(hashlib.sha256(sources).digest()[:7])
 
 

@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from minilora.cpu import few_rows, jobs, pointwise
-from minilora.cpu.few_rows import from_bfloat16, to_bfloat16
+from minilora import cpu
 from minilora.cpu.jobs import address, digest_of, part, run, take, worker
 from minilora.cpu.pointwise import exp, summing
 from minilora.cpu.products import are_bfloat16
+from minilora.cpu.vectors import from_bfloat16, to_bfloat16
 
 TOKENS_AT_ONCE = 16
 TENSORS = "q", "k", "v", "cos", "sin", "keys", "values", "mask", "y"
@@ -78,7 +78,7 @@ def attention(
 
 @cache
 def _attention(head_dim: int) -> Any:
-    sources = digest_of(jobs, few_rows, pointwise)
+    sources = digest_of(cpu)
 
     def work(all_jobs):
         sources  # noqa: B018  (compiled anew when it changes)

@@ -21,10 +21,11 @@ from llvmlite import ir
 from numba.core import types
 from torch import Tensor
 
-from minilora.cpu import amx, few_rows, jobs
+from minilora import cpu
+from minilora.cpu import amx
 from minilora.cpu.amx import BFloat16
-from minilora.cpu.few_rows import from_bfloat16
 from minilora.cpu.jobs import address, digest_of, in_llvm, part, run, take, worker
+from minilora.cpu.vectors import from_bfloat16
 
 ROWS_A_PIECE = 16
 NUMBERS_A_PIECE = 8192
@@ -90,7 +91,7 @@ def is_fast() -> bool:
 
 @cache
 def _rms_norm() -> Any:
-    sources = digest_of(amx, few_rows, jobs)
+    sources = digest_of(cpu)
 
     def work(all_jobs):
         sources  # noqa: B018  (compiled anew when it changes)
@@ -115,7 +116,7 @@ def _rms_norm() -> Any:
 
 @cache
 def _rms_norm_backward() -> Any:
-    sources = digest_of(amx, few_rows, jobs)
+    sources = digest_of(cpu)
 
     def work(all_jobs):
         sources  # noqa: B018
@@ -138,7 +139,7 @@ def _rms_norm_backward() -> Any:
 
 @cache
 def _swiglu_backward() -> Any:
-    sources = digest_of(amx, few_rows, jobs)
+    sources = digest_of(cpu)
 
     def work(all_jobs):
         sources  # noqa: B018

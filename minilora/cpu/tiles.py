@@ -24,7 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minilora.cpu import amx, few_rows, jobs
+from minilora import cpu
+from minilora.cpu import amx
 from minilora.cpu.amx import (
     BLOCK,
     CONFIG,
@@ -40,9 +41,10 @@ from minilora.cpu.amx import (
     tile_of_rows,
     zero_sums,
 )
-from minilora.cpu.few_rows import bias_at, to_bfloat16
+from minilora.cpu.few_rows import bias_at
 from minilora.cpu.jobs import address, digest_of, part, run, take, worker
 from minilora.cpu.products import PLAIN
+from minilora.cpu.vectors import to_bfloat16
 
 PANELS_AT_ONCE = 3  # of 32 outputs, that a thread takes
 MOST_FEATURES = 4096  # whose packed weights, 800 KB, stay in a core's second cache
@@ -98,7 +100,7 @@ def suit(W: Float[Tensor, "in out"]) -> bool:
 @cache
 def _product(is_by_output: bool) -> Any:
     """Make the kernel for a W whose transpose lies in one piece, as a layer's weight does, or for one that does so."""
-    sources = digest_of(amx, jobs, few_rows)
+    sources = digest_of(cpu)
 
     def work(all_jobs):
         sources  # noqa: B018  (compiled anew when it changes)

@@ -21,10 +21,18 @@ from minilora.numpy_lora.nf4 import nf4_codebook
 
 @dataclass(frozen=True)
 class Codebook:
-    """Sixteen values with a name. Equal and hashable by both."""
+    """Sixteen values with a name. Equal and hashable by both.
+
+    Raises:
+        ValueError: if there are not sixteen.
+    """
 
     name: str
     values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.values) != 16:
+            raise ValueError(f"codebook {self.name!r} has {len(self.values)} values, but four bits can mean 16")
 
     @cache  # noqa: B019  (three codebooks and a few devices live as long as the process)
     def table(self, device: torch.device) -> Float32[Tensor, "16"]:

@@ -7,28 +7,24 @@
 The results are the reference's, bit for bit: the same float32 operations in the same order, which Numba neither fuses
 nor reorders. A short last block is left to the reference.
 
-The kernels let go of Python's lock and run in plain threads, as many as torch would use: a second OpenMP would fight
-torch's for the cores, and die in a forked child. They are compiled at first use, and kept on disk.
+Torch's threads share the blocks (cpu/jobs). The kernels are compiled at first use, and kept on disk.
 """
 
 import math
-import os
 import platform
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from minilora.cpu.few_rows import FLOAT, FLOATS, LANES, WORD, WORDS, instruction, load, to_bfloat16
-from minilora.cpu.jobs import compiled, compiles_for
+from minilora import cpu, qlora
+from minilora.cpu.jobs import address, compiled, compiles_for, digest_of, in_llvm, part, run, take, worker
+from minilora.cpu.vectors import FLOATS, LANES, WORDS, load, look_up, sixteen_times, to_bfloat16
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE, SMALLEST_UNIT
 from minilora.qlora import blockwise
 from minilora.qlora.blockwise import (
@@ -43,7 +39,12 @@ from minilora.qlora.codebooks import NF4, Codebook, dynamic_map
 from minilora.qlora.spare_memory import empty
 
 TABLES_AT_A_TIME = 64  # blocks whose 16 weights are rounded before any is looked up: 2 KiB, near the core
-WEIGHTS_A_THREAD = 2**21  # about 0.8 ms of work; below that a second thread loses more against torch's waiting ones
+WEIGHTS_A_PIECE = 2**15  # some 10 µs of work
+SIZES = "n_blocks", "block_size", "piece"
+QUANTIZE = np.dtype(
+    [(name, np.int64) for name in ("taken", "weights", "packed", "absmax", "thresholds", "order", "is_unfit", *SIZES)]
+)
+DEQUANTIZE = np.dtype([(name, np.int64) for name in ("taken", "packed", "absmax", "values", "weights", *SIZES)])
 
 BYTES = ir.VectorType(ir.IntType(8), 16)
 INSTRUCTIONS = {  # what finds sixteen bytes in a table of sixteen, where the processor has it
@@ -62,17 +63,18 @@ def quantize(w: Tensor, codebook: Codebook = NF4, block_size: int = 64, *, doubl
     """
     if block_size not in BLOCK_SIZES or w.numel() == 0:
         check_quantizable(w, block_size)
-    flat = w.detach().reshape(-1)
+    flat = w.detach().reshape(-1).contiguous()
     if flat.dtype != torch.bfloat16:
         flat = flat.float()
     n_blocks, rest = divmod(flat.numel(), block_size)
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(n_blocks + (rest > 0), dtype=torch.float32)
     thresholds, order = codebook.sorted_by_value(w.device)
-    tables = (thresholds.numpy(), order.to(torch.uint8).numpy(), SMALLEST_UNIT)
-    finite = _in_threads(_quantize_blocks, n_blocks, block_size, _bits(flat), packed.numpy(), absmax.numpy(), *tables)
+    order, is_unfit = order.to(torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    tensors = flat, packed, absmax, thresholds, order, is_unfit
+    _run(_quantize(flat.dtype), n_blocks, block_size, *tensors)
     last_weights = flat[n_blocks * block_size :]
-    if not (all(finite) and torch.isfinite(last_weights).all()):
+    if is_unfit or not torch.isfinite(last_weights).all():
         check_quantizable(w, block_size)
     if rest:
         last = blockwise.quantize(last_weights, codebook, block_size)
@@ -98,11 +100,8 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
     n_blocks, rest = divmod(math.prod(quantized.shape), block_size)
     units = _block_units(quantized)
     weights = empty(n_blocks * block_size + rest, dtype)
-    arguments, values = (packed.numpy(), units.numpy(), _bits(weights)), codebook.table(packed.device).numpy()
-    if dtype == torch.float32:
-        _in_threads(_dequantize_float32, n_blocks, block_size, *arguments, values)
-    else:
-        _in_threads(_dequantize_16_bits, n_blocks, block_size, *arguments, values, dtype == torch.bfloat16)
+    kernel = _dequantize_float32() if dtype == torch.float32 else _dequantize_16_bits(dtype == torch.bfloat16)
+    _run(kernel, n_blocks, block_size, packed, units, codebook.table(packed.device), weights)
     if rest:
         last = Quantized(packed[n_blocks * block_size // 2 :], units[n_blocks:], codebook, block_size, (rest,))
         weights[-rest:] = blockwise.dequantize(last, dtype)
@@ -112,87 +111,119 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
 def _block_units(quantized: Quantized) -> Tensor:
     nested = quantized.absmax
     if isinstance(nested, Tensor):
-        return nested
+        return nested.contiguous()
     units = torch.empty(nested.codes.numel(), dtype=torch.float32)
     values = dynamic_map(nested.codes.device).numpy()
     _double_dequantize(nested.codes.numpy(), nested.absmax.numpy(), nested.offset.numpy()[()], values, units.numpy())
     return units
 
 
-def _in_threads(kernel: Callable[..., Any], n_blocks: int, block_size: int, *arguments: Any) -> list[Any]:
-    """Run a kernel over all blocks, in torch's number of threads or fewer; give what each returned."""
-    n_threads = max(1, min(torch.get_num_threads(), n_blocks * block_size // WEIGHTS_A_THREAD))
-    bounds = [n_blocks * thread // n_threads for thread in range(n_threads + 1)]
-    others = [
-        _threads(os.getpid()).submit(kernel, *arguments, block_size, first, last)
-        for first, last in pairwise(bounds[1:])
-    ]
-    return [kernel(*arguments, block_size, 0, bounds[1]), *(other.result() for other in others)]
+def _run(kernel: Any, n_blocks: int, block_size: int, *tensors: Tensor) -> None:
+    piece = max(1, WEIGHTS_A_PIECE // block_size)
+    run(kernel, n_blocks, *(tensor.data_ptr() for tensor in tensors), n_blocks, block_size, piece)
 
 
 @cache
-def _threads(process: int) -> ThreadPoolExecutor:
-    """Make a process its threads, once; a forked child inherits none of its parent's."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=f"minilora-{process}")
+def _quantize(dtype: torch.dtype) -> Any:
+    """Make the kernel for float32 or bfloat16; it says in `is_unfit` that a weight is NaN or infinite."""
+    sources, number = digest_of(cpu, qlora), np.uint32 if dtype == torch.float32 else np.uint16
+    shift = np.uint32(0 if dtype == torch.float32 else 16)  # a bfloat16 is the upper half of a float32
+
+    def work(all_jobs):
+        sources  # noqa: B018  (compiled anew when it changes)
+        job = numba.carray(all_jobs, 1)[0]
+        n, n_blocks, block_size = job.n_blocks * job.block_size, job.n_blocks, job.block_size
+        bits, packed = (
+            numba.carray(address(job.weights), n, number),
+            numba.carray(address(job.packed), n // 2, np.uint8),
+        )
+        absmax = numba.carray(address(job.absmax), n_blocks, np.float32)
+        thresholds = numba.carray(address(job.thresholds), 15, np.float32)
+        order = numba.carray(address(job.order), 16, np.uint8)
+        weights, places = np.empty(block_size, np.float32), np.empty(block_size, np.int32)
+        words = weights.view(np.uint32)
+        while True:
+            first = take(all_jobs, job.piece)
+            if first >= n_blocks:
+                return
+            for block in range(first, min(first + job.piece, n_blocks)):
+                block_bits = bits[block * block_size : (block + 1) * block_size]
+                block_packed = packed[block * block_size // 2 : (block + 1) * block_size // 2]
+                largest = np.uint32(0)  # floats without their sign compare as their bits do; NaN and ∞ are the largest
+                for i in range(block_size):
+                    words[i] = np.uint32(block_bits[i]) << shift
+                    largest = max(largest, words[i] & np.uint32(0x7FFFFFFF))
+                unit = np.uint32(largest).view(np.float32)
+                absmax[block] = unit
+                if not unit < np.inf:
+                    numba.carray(address(job.is_unfit), 1, np.uint8)[0] = 1
+                inverse = np.float32(1) / max(unit, SMALLEST_UNIT)
+                for i in range(block_size):
+                    weights[i] = min(max(weights[i] * inverse, np.float32(-1)), np.float32(1))
+                    places[i] = 0
+                for threshold in thresholds:  # one over the whole block, then the next: many compares in an instruction
+                    for i in range(block_size):
+                        places[i] += weights[i] > threshold
+                for j in range(block_size // 2):
+                    block_packed[j] = order[places[2 * j]] << 4 | order[places[2 * j + 1]]
+
+    return worker(work, QUANTIZE)
 
 
-def _bits(flat: Tensor) -> np.ndarray:
-    """Look at floats as the unsigned integers that hold them, without a copy: NumPy has no bfloat16."""
-    return flat.view(torch.uint32 if flat.dtype == torch.float32 else torch.uint16).numpy()
+@cache
+def _dequantize_float32() -> Any:
+    sources = digest_of(cpu, qlora)
+
+    def work(all_jobs):
+        sources  # noqa: B018
+        job = numba.carray(all_jobs, 1)[0]
+        n, n_blocks, block_size = job.n_blocks * job.block_size, job.n_blocks, job.block_size
+        packed = numba.carray(address(job.packed), n // 2, np.uint8)
+        absmax = numba.carray(address(job.absmax), n_blocks, np.float32)
+        values = numba.carray(address(job.values), 16, np.float32)
+        bits = numba.carray(address(job.weights), n, np.uint32)
+        while True:
+            first = take(all_jobs, job.piece)
+            if first >= n_blocks:
+                return
+            for block in range(first, min(first + job.piece, n_blocks)):
+                _look_up_floats(packed, block * block_size, block_size, values, absmax[block], bits)
+
+    return worker(work, DEQUANTIZE)
 
 
-@compiled
-def _quantize_blocks(bits, packed, absmax, thresholds, order, smallest_unit, block_size, first, last):
-    """Quantize blocks first … last − 1. Return whether their weights are finite; stop where one is not."""
-    weights = np.empty(block_size, np.float32)
-    words = weights.view(np.uint32)
-    places = np.empty(block_size, np.int32)
-    shift = np.uint32(32 - 8 * bits.itemsize)  # a bfloat16 is the upper half of a float32
-    for block in range(first, last):
-        block_bits = bits[block * block_size : (block + 1) * block_size]
-        block_packed = packed[block * block_size // 2 : (block + 1) * block_size // 2]
-        largest = np.uint32(0)  # floats without their sign compare as their bits do; NaN and infinity are the largest
-        for i in range(block_size):
-            words[i] = np.uint32(block_bits[i]) << shift
-            largest = max(largest, words[i] & np.uint32(0x7FFFFFFF))
-        unit = np.uint32(largest).view(np.float32)
-        absmax[block] = unit
-        if not unit < np.inf:
-            return False
-        inverse = np.float32(1) / max(unit, smallest_unit)
-        for i in range(block_size):
-            weights[i] = min(max(weights[i] * inverse, np.float32(-1)), np.float32(1))
-            places[i] = 0
-        for threshold in thresholds:  # one over the whole block, then the next: many compares in an instruction
-            for i in range(block_size):
-                places[i] += weights[i] > threshold
-        for j in range(block_size // 2):
-            block_packed[j] = order[places[2 * j]] << 4 | order[places[2 * j + 1]]
-    return True
+@cache
+def _dequantize_16_bits(is_bfloat16: bool) -> Any:
+    """Make the kernel for bfloat16, or for float16."""
+    sources = digest_of(cpu, qlora)
+
+    def work(all_jobs):
+        sources  # noqa: B018
+        job = numba.carray(all_jobs, 1)[0]
+        n, n_blocks, block_size = job.n_blocks * job.block_size, job.n_blocks, job.block_size
+        packed = numba.carray(address(job.packed), n // 2, np.uint8)
+        absmax = numba.carray(address(job.absmax), n_blocks, np.float32)
+        values = numba.carray(address(job.values), 16, np.float32)
+        bits = numba.carray(address(job.weights), n, np.uint16)
+        tables = np.empty((TABLES_AT_A_TIME, 16), np.uint16)
+        while True:
+            first = take(all_jobs, job.piece)
+            if first >= n_blocks:
+                return
+            stop = min(first + job.piece, n_blocks)
+            for start in range(first, stop, TABLES_AT_A_TIME):
+                count = min(TABLES_AT_A_TIME, stop - start)
+                for block in range(count):
+                    for code in range(len(values)):  # not 16: a loop that LLVM unrolls becomes no vector instructions
+                        weight = np.float32(values[code] * absmax[start + block])
+                        tables[block, code] = to_bfloat16(weight) if is_bfloat16 else _float16(weight)
+                for block in range(count):
+                    _look_up(packed, (start + block) * block_size, block_size, tables, block, bits)
+
+    return worker(work, DEQUANTIZE)
 
 
-@compiled
-def _dequantize_float32(packed, absmax, bits, values, block_size, first, last):
-    """Dequantize blocks first … last − 1 into float32."""
-    for block in range(first, last):
-        _look_up_floats(packed, block * block_size, block_size, values, absmax[block], bits)  # type: ignore[call-arg]
-
-
-@compiled
-def _dequantize_16_bits(packed, absmax, bits, values, is_bfloat16, block_size, first, last):
-    """Dequantize blocks first … last − 1 into bfloat16 or float16."""
-    tables = np.empty((TABLES_AT_A_TIME, 16), np.uint16)
-    for start in range(first, last, TABLES_AT_A_TIME):
-        count = min(TABLES_AT_A_TIME, last - start)
-        for block in range(count):
-            for code in range(len(values)):  # not 16: a loop that LLVM unrolls does not become vector instructions
-                weight = np.float32(values[code] * absmax[start + block])
-                tables[block, code] = to_bfloat16(weight) if is_bfloat16 else _float16(weight)
-        for block in range(count):
-            _look_up(packed, (start + block) * block_size, block_size, tables, block, bits)  # type: ignore[call-arg]
-
-
-@compiled
+@part
 def _float16(number):
     """Round a float32 to the nearest float16, halfway to the even one; give its bits."""
     word = np.float32(number).view(np.uint32)
@@ -219,7 +250,7 @@ def _double_dequantize(codes, absmax, offset, values, units):
             nested_units[i] = values[nested_codes[i]] * absmax[nested] + offset
 
 
-@intrinsic
+@in_llvm
 def _look_up_floats(typing_context, packed, first, count, values, unit, bits):
     """Write values[code] · unit into `bits` for the codes first … first + count − 1 of `packed`; 32 divides both."""
 
@@ -242,43 +273,7 @@ def _look_up_floats(typing_context, packed, first, count, values, unit, bits):
     return types.void(packed, types.intp, types.intp, values, types.float32, bits), generate
 
 
-def sixteen_times(builder: Any, number: Any) -> Any:
-    """Put a float into every lane."""
-    alone = builder.insert_element(FLOATS(ir.Undefined), number, WORD(0))
-    return builder.shuffle_vector(alone, FLOATS(ir.Undefined), WORDS([0] * LANES))
-
-
-def look_up(builder: Any, table: Any, codes: Any) -> Any:
-    """Find sixteen codes in a table of sixteen floats: by one instruction of AVX-512, by AVX2 eight in half of it."""
-    if compiles_for("avx512f"):
-        permute = instruction(builder, "llvm.x86.avx512.permvar.sf.512", FLOATS, [FLOATS, WORDS])
-        return builder.call(permute, [table, codes])
-    if compiles_for("avx2"):
-        return _look_up_by_eights(builder, table, codes)
-    found, memory = FLOATS(ir.Undefined), cgutils.alloca_once_value(builder, table)
-    table_at = builder.bitcast(memory, FLOAT.as_pointer())
-    for lane in map(WORD, range(LANES)):
-        at = builder.gep(table_at, [builder.extract_element(codes, lane)])
-        found = builder.insert_element(found, builder.load(at), lane)
-    return found
-
-
-def _look_up_by_eights(builder: Any, table: Any, codes: Any) -> Any:
-    floats, words = ir.VectorType(FLOAT, 8), ir.VectorType(WORD, 8)
-    permute = instruction(builder, "llvm.x86.avx2.permps", floats, [floats, words])
-
-    def half(vector: Any, start: int) -> Any:
-        return builder.shuffle_vector(vector, vector, words(list(range(start, start + 8))))
-
-    found = []
-    for eight in (half(codes, 0), half(codes, 8)):
-        low, high = (builder.call(permute, [half(table, start), eight]) for start in (0, 8))
-        is_high = builder.icmp_unsigned("!=", builder.and_(eight, words([8] * 8)), words([0] * 8))
-        found.append(builder.select(is_high, high, low))
-    return builder.shuffle_vector(*found, WORDS(list(range(LANES))))
-
-
-@intrinsic
+@in_llvm
 def _look_up(typing_context, packed, first, count, tables, row, bits):
     """Write tables[row, code] into `bits` for the codes first … first + count − 1 of `packed`; 32 divides both.
 

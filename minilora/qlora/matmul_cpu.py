@@ -19,18 +19,14 @@ from jaxtyping import Float
 from numba.core import cgutils, types
 from torch import Tensor
 
-from minilora.cpu import few_rows, jobs
+from minilora import cpu, qlora
 from minilora.cpu.few_rows import (
     BLOCK,
     JOB,
-    LANES,
     OUTPUTS_AT_ONCE,
-    WORDS,
     block_of,
-    load,
     multiplied,
     padded,
-    prefetch,
     products,
     suits,
     widened,
@@ -38,11 +34,9 @@ from minilora.cpu.few_rows import (
 )
 from minilora.cpu.jobs import address, digest_of, in_llvm, part, take, worker
 from minilora.cpu.products import may_be_few
-from minilora.numpy_lora import nf4
+from minilora.cpu.vectors import LANES, WORDS, load, look_up, prefetch, sixteen_times
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE
-from minilora.qlora import blockwise, kernels_cpu
 from minilora.qlora.blockwise import BLOCK_SIZES, Quantized
-from minilora.qlora.kernels_cpu import look_up, sixteen_times
 
 WEIGHT = "packed", "codebook", "absmax", "codes", "offset", "values", "block_bits"
 PART = np.dtype([(name, np.int64) for name in (*WEIGHT, "bias", "y", "out_features")])
@@ -76,7 +70,7 @@ def begins_with(quantized: Quantized) -> tuple[int, ...]:
 
 @cache
 def _product(n_sums: int, dtype: torch.dtype) -> Any:
-    number, sources = NUMBERS[dtype], digest_of(blockwise, few_rows, jobs, kernels_cpu, nf4)
+    number, sources = NUMBERS[dtype], digest_of(cpu, qlora)
 
     def work(all_jobs):
         sources  # noqa: B018  (compiled anew when it changes)

@@ -21,15 +21,15 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from torch import Tensor
 
-from minilora.cpu import amx, few_rows, few_tiles, jobs, tiles
+from minilora import cpu, qlora
+from minilora.cpu import amx, few_tiles
 from minilora.cpu.amx import BLOCK, CONFIG, LINE, NUMBER, SHORT, Code, add_products, configure, release, zero_sums
-from minilora.cpu.few_rows import BYTE, FLOAT, JOB, WORD, block_of, instruction, multiplied, prefetch
+from minilora.cpu.few_rows import JOB, block_of, multiplied
 from minilora.cpu.few_tiles import packed, tiles_beside, write_sums
 from minilora.cpu.jobs import address, digest_of, in_llvm, part, take, worker
 from minilora.cpu.tiles import lines
-from minilora.qlora import kernels_cpu, matmul_cpu
+from minilora.cpu.vectors import BYTE, FLOAT, WORD, instruction, prefetch, sixteen_times
 from minilora.qlora.blockwise import Quantized
-from minilora.qlora.kernels_cpu import sixteen_times
 from minilora.qlora.matmul_cpu import PART, begins_with, decode_units, may_be_decoded
 
 AT_ONCE = 64  # weights
@@ -62,7 +62,7 @@ def linears(x: Tensor, layers: Sequence[tuple[Quantized, Tensor | None]]) -> lis
 
 @cache
 def _product(n_halves: int) -> Any:
-    sources = digest_of(amx, few_rows, few_tiles, jobs, kernels_cpu, matmul_cpu, tiles)
+    sources = digest_of(cpu, qlora)
 
     def work(all_jobs):
         sources  # noqa: B018  (compiled anew when it changes)

@@ -94,11 +94,13 @@ def test_what_a_worker_left_undone_is_an_error():
 
 def test_a_digest_changes_with_any_source(tmp_path):
     one, other = ModuleType("one"), ModuleType("other")
-    for module in (one, other):
-        module.__file__ = str(tmp_path / f"{module.__name__}.py")
-        (tmp_path / f"{module.__name__}.py").write_text("x = 1")
+    for package in (one, other):
+        folder = tmp_path / package.__name__
+        folder.mkdir()
+        package.__file__ = str(folder / "__init__.py")
+        (folder / "part.py").write_text("x = 1")
     before = jobs.digest_of(one, other)
     assert jobs.digest_of(one, other) == before
-    (tmp_path / "other.py").write_text("x = 2")
+    (tmp_path / "other" / "part.py").write_text("x = 2")
 
     assert jobs.digest_of(one, other) != before

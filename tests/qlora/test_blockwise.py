@@ -9,6 +9,7 @@ import torch
 from minilora.qlora import FP4, INT4, NF4, kernels_cpu
 from minilora.qlora import blockwise as reference
 from minilora.qlora.blockwise import BLOCK_SIZES
+from minilora.qlora.codebooks import Codebook
 
 BOTH = pytest.mark.parametrize("way", [reference, kernels_cpu], ids=["reference", "numba"])
 EVERY_CODEBOOK = pytest.mark.parametrize("codebook", [NF4, FP4, INT4], ids=lambda c: c.name)
@@ -103,3 +104,8 @@ def test_an_impossible_block_size_is_refused_with_the_possible_ones(way, block_s
 def test_an_empty_weight_is_refused(way):
     with pytest.raises(ValueError, match=r"there are no weights to quantize: the tensor's shape is \(0, 4\)"):
         way.quantize(torch.ones(0, 4))
+
+
+def test_a_codebook_has_sixteen_values():
+    with pytest.raises(ValueError, match="'thirds' has 3 values, but four bits can mean 16"):
+        Codebook("thirds", (-1.0, 0.0, 1.0))
