@@ -6,6 +6,7 @@ words serve AVX-512, AVX2 and NEON. from_bfloat16 and to_bfloat16 are the scalar
 are Numba's own.
 """
 
+import platform
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,13 @@ from minilora.cpu.jobs import compiles_for, part
 AHEAD = 4096  # bytes
 FLOAT, WORD, BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(8)
 LANES = 16
-FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
+FLOATS, WORDS, BYTES = (ir.VectorType(number, LANES) for number in (FLOAT, WORD, BYTE))
+BYTE_LOOK_UPS = {
+    "x86_64": "llvm.x86.ssse3.pshuf.b.128",
+    "AMD64": "llvm.x86.ssse3.pshuf.b.128",
+    "arm64": "llvm.aarch64.neon.tbl1.v16i8",
+    "aarch64": "llvm.aarch64.neon.tbl1.v16i8",
+}
 
 
 @part
@@ -69,6 +76,33 @@ def to_bfloat16s(builder: Any, floats: Any) -> Any:
     return builder.trunc(numbers, ir.VectorType(ir.IntType(16), LANES))
 
 
+def to_float16s(builder: Any, floats: Any) -> Any:
+    """Round sixteen floats to the nearest float16, halfway to the even one; give their bits."""
+
+    def words(number: int) -> Any:
+        return WORDS([number] * LANES)
+
+    bits = builder.bitcast(floats, WORDS)
+    sign, magnitude = (builder.and_(bits, words(mask)) for mask in (0x80000000, 0x7FFFFFFF))
+    is_odd = builder.and_(builder.lshr(magnitude, words(13)), words(1))
+    rebased = builder.sub(magnitude, words(0x38000000))  # float32 counts exponents from 127, float16 from 15
+    found = builder.lshr(builder.add(builder.add(rebased, words(0xFFF)), is_odd), words(13))
+    # Below 2⁻¹⁴ its steps are 2⁻²⁴, as a float32's are above ½.
+    shifted = builder.fadd(builder.bitcast(magnitude, FLOATS), FLOATS([0.5] * LANES))
+    small = builder.sub(builder.bitcast(shifted, WORDS), words(0x3F000000))
+    found = builder.select(builder.icmp_unsigned("<", magnitude, words(0x38800000)), small, found)
+    found = builder.select(builder.icmp_unsigned(">=", magnitude, words(0x47800000)), words(0x7C00), found)  # 65,536
+    found = builder.select(builder.icmp_unsigned(">", magnitude, words(0x7F800000)), words(0x7E00), found)  # NaN
+    found = builder.or_(found, builder.lshr(sign, words(16)))
+    return builder.trunc(found, ir.VectorType(ir.IntType(16), LANES))
+
+
+def by_turns(builder: Any, one: Any, other: Any) -> list[Any]:
+    """Put the numbers of two vectors alternately into two: 0, 16, 1, 17, … and what is left."""
+    orders = [[place // 2 + LANES * (place % 2) for place in range(start, start + LANES)] for start in (0, LANES)]
+    return [builder.shuffle_vector(one, other, WORDS(order)) for order in orders]
+
+
 def sixteen_times(builder: Any, number: Any) -> Any:
     """Put a float into every lane."""
     alone = builder.insert_element(FLOATS(ir.Undefined), number, WORD(0))
@@ -76,23 +110,22 @@ def sixteen_times(builder: Any, number: Any) -> Any:
 
 
 def look_up(builder: Any, table: Any, codes: Any) -> Any:
-    """Find sixteen codes in a table of sixteen floats: by one instruction of AVX-512, by AVX2 eight in half of it."""
+    """Find sixteen codes in a table of sixteen floats, or words of 32 bits, in as few instructions as there are."""
     if compiles_for("avx512f"):
-        permute = instruction(builder, "llvm.x86.avx512.permvar.sf.512", FLOATS, [FLOATS, WORDS])
+        name, kind = {FLOATS: ("sf", FLOATS), WORDS: ("si", WORDS)}[table.type]
+        permute = instruction(builder, f"llvm.x86.avx512.permvar.{name}.512", kind, [kind, WORDS])
         return builder.call(permute, [table, codes])
     if compiles_for("avx2"):
-        return _look_up_by_eights(builder, table, codes)
-    found, memory = FLOATS(ir.Undefined), cgutils.alloca_once_value(builder, table)
-    table_at = builder.bitcast(memory, FLOAT.as_pointer())
-    for lane in map(WORD, range(LANES)):
-        at = builder.gep(table_at, [builder.extract_element(codes, lane)])
-        found = builder.insert_element(found, builder.load(at), lane)
-    return found
+        words = _look_up_by_eights(builder, builder.bitcast(table, WORDS), codes)
+    else:
+        words = _look_up_by_bytes(builder, builder.bitcast(table, WORDS), codes)
+    return builder.bitcast(words, table.type)
 
 
 def _look_up_by_eights(builder: Any, table: Any, codes: Any) -> Any:
-    floats, words = ir.VectorType(FLOAT, 8), ir.VectorType(WORD, 8)
-    permute = instruction(builder, "llvm.x86.avx2.permps", floats, [floats, words])
+    """By AVX2: eight codes in the table's lower half, and in its upper one."""
+    words = ir.VectorType(WORD, 8)
+    permute = instruction(builder, "llvm.x86.avx2.permd", words, [words, words])
 
     def half(vector: Any, start: int) -> Any:
         return builder.shuffle_vector(vector, vector, words(list(range(start, start + 8))))
@@ -103,3 +136,32 @@ def _look_up_by_eights(builder: Any, table: Any, codes: Any) -> Any:
         is_high = builder.icmp_unsigned("!=", builder.and_(eight, words([8] * 8)), words([0] * 8))
         found.append(builder.select(is_high, high, low))
     return builder.shuffle_vector(*found, WORDS(list(range(LANES))))
+
+
+def _look_up_by_bytes(builder: Any, table: Any, codes: Any) -> Any:
+    """Byte for byte: every processor of the last fifteen years finds sixteen bytes in a table of sixteen at once."""
+    find, found = instruction_for_bytes(), WORDS([0] * LANES)
+    if find is None:
+        return _look_up_one_by_one(builder, table, codes)
+    codes = builder.trunc(codes, BYTES)
+    for shift in (WORDS([bits] * LANES) for bits in (0, 8, 16, 24)):
+        byte_table = builder.trunc(builder.lshr(table, shift), BYTES)
+        byte = builder.call(instruction(builder, find, BYTES, [BYTES, BYTES]), [byte_table, codes])
+        found = builder.or_(found, builder.shl(builder.zext(byte, WORDS), shift))
+    return found
+
+
+def instruction_for_bytes() -> str | None:
+    """Numba may compile for less than this machine has (NUMBA_CPU_NAME): LLVM then aborts on what is not there."""
+    name = BYTE_LOOK_UPS.get(platform.machine())
+    on_x86 = name is not None and ".x86." in name
+    return None if on_x86 and not compiles_for("ssse3") else name
+
+
+def _look_up_one_by_one(builder: Any, table: Any, codes: Any) -> Any:
+    found, memory = WORDS(ir.Undefined), cgutils.alloca_once_value(builder, table)
+    table_at = builder.bitcast(memory, WORD.as_pointer())
+    for lane in map(WORD, range(LANES)):
+        at = builder.gep(table_at, [builder.extract_element(codes, lane)])
+        found = builder.insert_element(found, builder.load(at), lane)
+    return found
