@@ -58,12 +58,19 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("-r", "--r", type=int, default=16, metavar="RANK", help="rank of the adapter (default %(default)s)")
     add("--alpha", type=float, metavar="A", help="the update is scaled by alpha / r (default 2 r)")
     add("--lr", type=float, default=2e-4, metavar="RATE", help="learning rate (default %(default)s)")
+    add("--dropout", type=float, default=0.0, metavar="P", help="of the adapter's input (default %(default)s)")
     add("--epochs", type=int, default=1, metavar="N", help="times every sample is seen (default %(default)s)")
     add("--batch", type=int, default=8, metavar="N", help="samples a step (default %(default)s)")
+    add("--accumulate", type=int, default=1, metavar="N", help="take a batch in N parts, in their memory (default 1)")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the base's weights (default %(default)s)")
     add("--optimizer", choices=("adamw", "adamw-8bit"), default="adamw", help="moments' bits (default adamw: 32)")
     add("--checkpointing", action="store_true", help="keep the input of each layer, compute the layer again")
     add("--seed", type=int, default=0, metavar="N", help="of the order and the adapter's start (default %(default)s)")
+    add("--save-every", type=int, default=50, metavar="N", help="steps from checkpoint to checkpoint (default 50)")
+    add("--eval-data", metavar="FILE", help="JSONL of samples to measure on: what was gained, and what forgotten")
+    add("--eval-every", type=int, default=50, metavar="N", help="steps from measurement to measurement (default 50)")
+    add("--patience", type=int, metavar="N", help="stop after N measurements without a lower loss")
+    add("--max-forgetting", type=float, metavar="NATS", help="stop when the loss on plain English rose by so much")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -72,6 +79,22 @@ def _train(args: argparse.Namespace) -> int:
 
     _, free = memory_bytes()
     return run(args, free)
+
+
+def _resume_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="the --out of a training that was stopped or killed")
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from minilora.doctor import memory_bytes
+    from minilora.train.command import run, words_of
+
+    parser = Parser(prog="minilora train", allow_abbrev=False)
+    _train_arguments(parser)
+    _, free = memory_bytes()
+    return run(parser.parse_args(words_of(Path(args.folder))), free, resume=True)
 
 
 def _size_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +131,12 @@ COMMANDS = {
         example="minilora train --data samples.jsonl --out runs/mine --method qlora",
         add_arguments=_train_arguments,
         run=_train,
+    ),
+    "resume": Command(
+        does="go on with a training that was stopped or killed, to the same bits",
+        example="minilora resume runs/mine",
+        add_arguments=_resume_arguments,
+        run=_resume,
     ),
     "size": Command(
         does="parameters, adapter file and training memory of a model, without its weights",

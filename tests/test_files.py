@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load, save
 
-from minilora.files import write_whole
+from minilora.files import remove_unfinished, with_sorted_metadata, write_whole, written_whole
 
 
 def test_files_are_written_with_their_folders(tmp_path):
@@ -47,3 +49,31 @@ def test_threads_that_write_one_file_do_not_meet(tmp_path):
 
     assert path.read_bytes() in texts
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_error_while_writing_leaves_the_old_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(RuntimeError), written_whole(tmp_path / "a") as temporary:
+        temporary.write_bytes(b"half of the ne")
+        raise RuntimeError
+
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    kept = ["a", "b", ".b-12345678", ".ab-12345678", ".a-123456789"]
+    for name in [*kept, ".a-12345678", ".a-abcd_efg"]:
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path / "a")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_the_same_tensors_and_metadata_give_the_same_bytes():
+    tensors = {"é": torch.arange(3.0), "b": torch.ones(2, 2)}
+    names = [f"name {n}" for n in range(20)]
+    files = {with_sorted_metadata(save(tensors, dict.fromkeys(names, "ü"))) for _ in range(5)}
+    (file,) = files
+
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load(file).items())
+    assert file.index(b"name 0") < file.index(b"name 10") < file.index(b"name 2")

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from minilora.files import write_whole
+from minilora.files import with_sorted_metadata, write_whole
 from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.inject import (
     InjectReport,
@@ -108,7 +108,8 @@ def save_adapter(
         raise ValueError(f"{len(broken)} tensors of this adapter hold NaN or infinite values, the first is {broken[0]}")
     metadata = {"format": "pt"} | ({"base_sha256": base_sha256} if base_sha256 else {})
     folder, config_json = Path(folder), json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_whole({folder / TENSOR_FILE: save(tensors, metadata), folder / CONFIG_FILE: config_json.encode()})
+    tensor_file = with_sorted_metadata(save(tensors, metadata))
+    write_whole({folder / TENSOR_FILE: tensor_file, folder / CONFIG_FILE: config_json.encode()})
 
 
 def load_adapter(

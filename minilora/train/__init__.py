@@ -3,7 +3,8 @@
 from minilora.train.data import Batch, Sample, collate, make_batches, mask_prompt
 from minilora.train.evaluate import exact_match, generate_answers, perplexity, valid_json
 from minilora.train.extraction import Example, Extraction, make_extraction
-from minilora.train.trainer import Step, Training, progress_bar, train, warmup_then_decay
+from minilora.train.listeners import progress_bar
+from minilora.train.trainer import Step, Training, train, warmup_then_decay
 
 __all__ = [
     "Batch",

@@ -6,44 +6,62 @@ Read before: train/jsonl, train/fits, train/finetune.
 """
 
 import argparse
+import hashlib
+import json
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from minilora.files import write_whole
 from minilora.llm.architectures import ALL_LINEAR, read_config
 from minilora.llm.config import ModelConfig
 from minilora.llm.load import load_model, model_folder
+from minilora.llm.model import Decoder
 from minilora.llm.sizes import Setup
-from minilora.llm.tokenizer import load_tokenizer, read_json
+from minilora.llm.tokenizer import Tokenizer, load_tokenizer, read_json
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, save_adapter
-from minilora.train.data import Sample
+from minilora.train.checkpoint import Saving
+from minilora.train.data import Sample, make_batches
+from minilora.train.evaluate import english_text
 from minilora.train.finetune import fine_tune
 from minilora.train.fits import GIB, bytes_needed, check_fits
 from minilora.train.jsonl import read_samples
+from minilora.train.judging import Judges, Rules
+from minilora.train.trainer import CTRL_C
 
 METHODS: Mapping[str, Callable[..., nn.Module]] = {"lora": LoRALinear, "qlora": QLoRALinear}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STATE_BITS = {"adamw": 32, "adamw-8bit": 8}
+RUN, CHECKPOINT = "run.json", "checkpoint.safetensors"
+GENERAL_TOKENS = 4096  # of plain English
 
 
-def run(args: argparse.Namespace, free_bytes: int) -> int:
-    """Train as the options of cli say, if it fits into `free_bytes`. Ctrl-C saves what was learnt so far.
+def run(args: argparse.Namespace, free_bytes: int, *, resume: bool = False) -> int:
+    """Train as the options of cli say, if it fits into `free_bytes`.
+
+    Ctrl-C saves, and says how to go on. What a killed process leaves is a folder to `resume` from: with the same bits
+    at the end as if it had never been killed.
 
     Raises:
-        ValueError: if an option, the data or the model is impossible.
+        ValueError: if an option, the data or the model is impossible, or the folder holds another run.
         MemoryError: if it would not fit, before anything is loaded.
         FloatingPointError: if training breaks off; the adapter is that of the step before.
     """
+    out = Path(args.out)
+    if not resume and (out / CHECKPOINT).exists():
+        raise ValueError(f"{out} holds a training: go on with `minilora resume {out}`, or choose another --out")
     samples, pad = planned(args, free_bytes)
-    Path(args.out).mkdir(parents=True, exist_ok=True)  # if this cannot be, better now than after training
-    model, _ = load_model(args.base, dtype=DTYPES[args.dtype])
+    write_whole({out / RUN: json.dumps(vars(args), indent=2).encode()})  # if this cannot be, better now than later
+    model, tokenizer = load_model(args.base, dtype=DTYPES[args.dtype])
+    torch.manual_seed(args.seed)  # of dropout
     start, wrap = torch.Generator().manual_seed(args.seed), METHODS[args.method]
-    alpha = 2 * args.r if args.alpha is None else args.alpha
-    report = inject(model, ALL_LINEAR, lambda base: wrap(base, r=args.r, alpha=alpha, generator=start))
+    settings = {"r": args.r, "alpha": 2 * args.r if args.alpha is None else args.alpha, "dropout": args.dropout}
+    report = inject(model, ALL_LINEAR, lambda base: wrap(base, **settings, generator=start))
     model.model.gradient_checkpointing = args.checkpointing
     print(f"{args.method}, r={args.r}: {report.count}")
     try:
@@ -56,18 +74,66 @@ def run(args: argparse.Namespace, free_bytes: int) -> int:
             seed=args.seed,
             epochs=args.epochs,
             state_bits=STATE_BITS[args.optimizer],
+            n_parts=args.accumulate,
+            saving=Saving(out / CHECKPOINT, facts(args, model.origin.sha256), args.save_every),
+            judged_by=judges(args, tokenizer, pad),
         )
-        print(training)
-    finally:
-        save_adapter(model, args.out, base_name=model.origin.name, base_sha256=model.origin.sha256)
-        print(f"adapter  {args.out}   (PEFT's layout)")
+    except FloatingPointError:  # what was learnt before is whole
+        save(model, out)
+        raise
+    print(training)
+    save(model, out)
+    if training.stopped_by == CTRL_C:
+        print(f"go on    minilora resume {shlex.quote(str(out))}")
     return 0
+
+
+def save(model: Decoder, out: Path) -> None:
+    """Write a model's adapter, and say so."""
+    save_adapter(model, out, base_name=model.origin.name, base_sha256=model.origin.sha256)
+    print(f"adapter  {out}   (PEFT's layout)")
+
+
+def words_of(folder: Path) -> list[str]:
+    """The options of the training in a folder, as they would be typed; --out is the folder as it is named now.
+
+    Raises:
+        ValueError: if there is no training in it.
+    """
+    if not (folder / RUN).is_file():
+        raise ValueError(f"{folder} has no {RUN}: it holds no training to go on with")
+    options = read_json(folder / RUN) | {"out": str(folder)}
+    given = {f"--{name.replace('_', '-')}": value for name, value in options.items() if value not in (None, False)}
+    return [word for name, value in given.items() for word in ([name] if value is True else [f"{name}={value}"])]
+
+
+def facts(args: argparse.Namespace, base_sha256: str) -> dict[str, object]:
+    """All that the result depends on: options, and the contents of files in place of their names."""
+    options = {name: value for name, value in vars(args).items() if name not in ("base", "out", "save_every")}
+    for name in ("data", "eval_data"):
+        options[name] = options[name] and hashlib.sha256(Path(options[name]).read_bytes()).hexdigest()
+    return options | {"base_sha256": base_sha256}
+
+
+def judges(args: argparse.Namespace, tokenizer: Tokenizer, pad: int) -> Judges | None:
+    """Who measures the training as it goes, if there are samples to measure it on."""
+    if args.eval_data is None:
+        return None
+    samples = read_samples(Path(args.eval_data), tokenizer)
+    general = tokenizer.encode(english_text()[: 8 * GENERAL_TOKENS])[:GENERAL_TOKENS]
+    rules = Rules(args.eval_every, args.patience, args.max_forgetting)
+    return Judges(make_batches(samples, args.batch, pad, seed=0), general, rules)
 
 
 def planned(args: argparse.Namespace, free_bytes: int) -> tuple[list[Sample], int]:
     """Check the whole run, as far as can be without the weights; give its samples, and the token that pads them."""
-    if args.epochs < 1 or args.batch < 1:
-        raise ValueError(f"epochs are {args.epochs} and a batch is {args.batch}: choose 1 or more of each")
+    if args.epochs < 1 or args.batch < 1 or not 1 <= args.accumulate <= args.batch:
+        raise ValueError(
+            f"epochs are {args.epochs}, and a batch of {args.batch} is taken in {args.accumulate} parts: "
+            "choose 1 or more of each, and no more parts than a batch has samples"
+        )
+    if args.eval_data is None and (args.patience or args.max_forgetting):
+        raise ValueError("--patience and --max-forgetting judge by samples that are not trained on: give --eval-data")
     if not 0 < args.lr < math.inf:
         raise ValueError(f"the learning rate is {args.lr}: choose one above 0, such as 2e-4")
     if args.base.endswith(".gguf"):
@@ -82,16 +148,17 @@ def planned(args: argparse.Namespace, free_bytes: int) -> tuple[list[Sample], in
             f"{longest.name} of {args.data} has {len(longest.tokens):,} tokens, and the model was made for {most:,}: "
             "shorten it or take it out"
         )
+    rows = min(args.batch, len(samples))
     setup = Setup(
         method=args.method,
         r=args.r,
         dtype=args.dtype,
         optimizer=args.optimizer,
-        batch=min(args.batch, len(samples)),
+        batch=-(-rows // args.accumulate),
         seq=len(longest.tokens),
         checkpointing=args.checkpointing,
     )
-    check_fits(arch, setup, free_bytes, longest.name)
+    check_fits(arch, setup, free_bytes, longest.name, rows)
     print(
         f"{len(samples):,} samples of up to {len(longest.tokens):,} tokens; "
         f"needs {bytes_needed(arch, setup) / GIB:.2f} of {free_bytes / GIB:.2f} GiB"

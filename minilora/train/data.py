@@ -66,6 +66,16 @@ class Batch:
         alike = (self.tokens == self.tokens[:1]).all(dim=0)
         return int(alike.cumprod(0).sum())
 
+    @cached_property
+    def n_labels(self) -> int:
+        """How many tokens carry loss; the first of a row does not, for nothing comes before it."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def parts(self, n_parts: int) -> list["Batch"]:
+        """Cut a batch into at most so many of neighbouring rows, each as wide as its longest row needs."""
+        rows = zip(self.tokens.tensor_split(n_parts), self.labels.tensor_split(n_parts), strict=True)
+        return [Batch(*_trimmed(tokens, labels)) for tokens, labels in rows if len(tokens)]
+
 
 def mask_prompt(prompt: list[int], answer: list[int], eos: int, name: str = "a sample") -> Sample:
     """Join prompt, answer and `eos`; the loss is on the answer and the eos.
@@ -93,6 +103,12 @@ def collate(samples: Sequence[Sample], pad: int) -> Batch:
     tokens = [sample.tokens + [pad] * (n - len(sample.tokens)) for sample in samples]
     labels = [sample.labels + [IGNORED] * (n - len(sample.labels)) for sample in samples]
     return Batch(torch.tensor(tokens), torch.tensor(labels))
+
+
+def _trimmed(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave out the columns behind the last label of all rows: what follows a last label carries no loss."""
+    width = int((labels != IGNORED).any(dim=0).nonzero().max()) + 1
+    return tokens[:, :width], labels[:, :width]
 
 
 def make_batches(samples: Sequence[Sample], batch_size: int, pad: int, seed: int, window: int = 16) -> list[Batch]:

@@ -1,15 +1,21 @@
-"""Fine-tuning as one call: batches, optimizer, schedule and progress bar around the loop.
+"""Fine-tuning as one call: batches, optimizer, schedule, progress bar and checkpoints around the loop.
 
-Read before: train/trainer, which is the loop.
+Read before: train/trainer, which is the loop; train/checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
+from tqdm import tqdm
 
 from minilora.qlora import PagedAdamW
+from minilora.train.checkpoint import Saving
 from minilora.train.data import Sample, make_batches
-from minilora.train.trainer import Training, progress_bar, train, warmup_then_decay
+from minilora.train.judging import Judges, judge
+from minilora.train.listeners import MetricsLog, health_check, progress_bar
+from minilora.train.trainer import Step, Training, in_parts, train, warmup_then_decay
+
+METRICS = "metrics.jsonl"
 
 
 def fine_tune(
@@ -22,19 +28,37 @@ def fine_tune(
     seed: int,
     epochs: int = 1,
     state_bits: int = 32,
+    n_parts: int = 1,
+    saving: Saving | None = None,
+    judged_by: Judges | None = None,
 ) -> Training:
     """Train what requires a gradient in the model, on every sample `epochs` times, in a new order each time.
 
     AdamW without weight decay (its moments in `state_bits`); the rate rises in a straight line over a tenth of the
-    steps to `lr` and falls in another to 0.
+    steps to `lr` and falls in another to 0. A batch goes through the model in `n_parts`.
+
+    With `saving` the training goes on where its checkpoint stands, and ends with the same bits as if it had never
+    stopped; a log of all steps lies beside it, and what its judges find, who may end it early.
 
     Raises:
-        ValueError: if there is nothing to train, or a number is impossible.
+        ValueError: if there is nothing to train, a number is impossible, or the checkpoint is of another run.
         FloatingPointError: as train; the model keeps the weights of the step before.
     """
     batches = [batch for n in range(epochs) for batch in make_batches(samples, batch_size, pad, seed + n)]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = PagedAdamW(trained, lr=lr, weight_decay=0.0, state_bits=state_bits)
-    with progress_bar(len(batches)) as listener:
+    done = saving.resumed(model, optimizer) if saving else 0
+    with progress_bar(len(batches), done) as bar:
+        listeners: list[Callable[[Step], str | None]] = [bar, health_check(model, tqdm.write)]
+        if saving:
+            log = MetricsLog(saving.path.with_name(METRICS), done)
+            judging = [judge(model, judged_by, log, tqdm.write)] if judged_by else []
+            listeners += [log, *judging, saving.listener(model, optimizer)]  # in this order: what is saved is judged
+            if judged_by and (reason := judged_by.rules.verdict(log.measured)):
+                return Training([], reason)
         schedule = warmup_then_decay(len(batches), n_warmup=len(batches) // 10)
-        return train(model, batches, optimizer, schedule, listeners=[listener])
+        gradients = in_parts(n_parts)
+        training = train(model, batches, optimizer, schedule, listeners=listeners, done=done, gradients=gradients)
+    if saving and training.steps:
+        saving.save(model, optimizer, training.steps[-1].number)
+    return training

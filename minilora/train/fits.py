@@ -28,8 +28,12 @@ def bytes_needed(arch: Architecture, setup: Setup) -> int:
     return max(int(MARGIN * training_bytes(arch, setup).total), loading)
 
 
-def check_fits(arch: Architecture, setup: Setup, free_bytes: int, longest: str = "a sample") -> None:
+def check_fits(
+    arch: Architecture, setup: Setup, free_bytes: int, longest: str = "a sample", rows: int | None = None
+) -> None:
     """Refuse a run that needs more memory than is free; `longest` is what the error calls the longest sample.
+
+    A step is taken on `rows` samples, of which setup.batch go through the model at a time; if not given, all do.
 
     Raises:
         MemoryError: with what it needs, what is free, and the changes that would make it fit, fewest changes first.
@@ -37,7 +41,9 @@ def check_fits(arch: Architecture, setup: Setup, free_bytes: int, longest: str =
     needed = bytes_needed(arch, setup)
     if needed <= free_bytes:
         return
-    ways = sorted(((options, bytes_needed(arch, other)) for options, other in smaller(setup)), key=lambda w: len(w[0]))
+    ways = sorted(
+        ((options, bytes_needed(arch, other)) for options, other in smaller(setup, rows)), key=lambda w: len(w[0])
+    )
     fitting = [(options, taken) for options, taken in ways if taken <= free_bytes][:MOST_WAYS]
     head = f"this run needs {needed / GIB:.2f} GiB and {free_bytes / GIB:.2f} are free"
     if not fitting:
@@ -50,14 +56,17 @@ def check_fits(arch: Architecture, setup: Setup, free_bytes: int, longest: str =
     raise MemoryError("\n".join([f"{head}; what would fit:", *lines]))
 
 
-def smaller(setup: Setup) -> Iterator[tuple[list[str], Setup]]:
-    """Every setup that takes less by one option of `minilora train` or more, with those options."""
+def smaller(setup: Setup, rows: int | None = None) -> Iterator[tuple[list[str], Setup]]:
+    """Every setup that takes less by one option of `minilora train` or more, with those options.
+
+    Fewer samples at a time are no smaller batch: it is taken in parts.
+    """
     batches = [setup.batch // 2**halvings for halvings in range(setup.batch.bit_length())]
     methods = [setup.method] if setup.method == "qlora" else [setup.method, "qlora"]
     optimizers = [setup.optimizer] if setup.optimizer == "adamw-8bit" else [setup.optimizer, "adamw-8bit"]
     for again, batch, method, optimizer in product((False, True), batches, methods, optimizers):
         options = ["--checkpointing"] if again and not setup.checkpointing else []
-        options += [f"--batch {batch}"] if batch != setup.batch else []
+        options += [f"--accumulate {-(-(rows or setup.batch) // batch)}"] if batch != setup.batch else []
         options += [f"--method {method}"] if method != setup.method else []
         options += [f"--optimizer {optimizer}"] if optimizer != setup.optimizer else []
         if options:

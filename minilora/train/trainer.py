@@ -1,7 +1,8 @@
 """The loop, on one screen. Whatever else should happen at a step listens to it.
 
-A listener is a function of a `Step`: a progress bar, a log, a checkpoint. It returns nothing and the loop knows nothing
-of it. The optimizer comes from the caller, who knows which parameters it holds and at what rates.
+A listener is a function of a `Step`: a progress bar, a log, a checkpoint. The loop knows nothing of it; it may return a
+reason to stop, and nothing else. The optimizer comes from the caller, who knows which parameters it holds and at what
+rates. A run that was stopped goes on with `done=`, the number of steps that were made: train/checkpoint keeps the rest.
 
 Read before: torch_lora/layers, train/data, train/loss.
 """
@@ -11,17 +12,21 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_
 from tqdm import tqdm
 
 from minilora.train.data import Batch
+from minilora.train.health import first_bad_place
 from minilora.train.loss import loss_of
+
+CTRL_C = "Ctrl-C"
 
 
 @dataclass(frozen=True)
@@ -35,21 +40,26 @@ class Step:
     lr: float  # of the first parameter group
     n_tokens: int  # of the batch, padding included, and each row's copy of what all begin with
     seconds: float
+    grad_norms: Mapping[str, float] = field(default_factory=dict)  # of each parameter, before clipping
 
 
 @dataclass(frozen=True)
 class Training:
-    """All steps that were made, and whether Ctrl-C ended them early."""
+    """All steps that were made, and why they ended early, if they did."""
 
     steps: list[Step]
-    interrupted: bool = False
+    stopped_by: str = ""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it ended early."""
+        return bool(self.stopped_by)
 
     def __str__(self) -> str:
-        made = len(self.steps)
-        planned = self.steps[0].n_steps if self.steps else 0
-        if self.interrupted:
-            return f"stopped by Ctrl-C after {made} of {planned} steps; the model keeps what it has learnt so far"
-        return f"{made} steps in {sum(step.seconds for step in self.steps):.0f} s"
+        if self.stopped_by:
+            made = f" after {self.steps[-1].number} of {self.steps[-1].n_steps} steps" if self.steps else ""
+            return f"stopped by {self.stopped_by}{made}; the model keeps what it has learnt so far"
+        return f"{len(self.steps)} steps in {sum(step.seconds for step in self.steps):.0f} s"
 
 
 def train(
@@ -58,36 +68,92 @@ def train(
     optimizer: torch.optim.Optimizer,
     schedule: Callable[[int], float] = lambda number: 1.0,
     max_grad_norm: float = 1.0,
-    listeners: Sequence[Callable[[Step], None]] = (),
+    listeners: Sequence[Callable[[Step], str | None]] = (),
+    *,
+    done: int = 0,
+    gradients: Callable[[nn.Module, Batch], float] | None = None,
 ) -> Training:
     """Take one optimizer step per batch, at the optimizer's own rates times `schedule(number of the step)`.
+
+    The first `done` batches are passed over: their steps were made before. `gradients(model, batch)` adds to the
+    gradients and gives the loss; if not given, it is the loss's own backward.
 
     Ctrl-C lets the step under way finish and returns what was trained so far; a second Ctrl-C breaks off at once.
 
     Raises:
-        FloatingPointError: if a loss or a gradient is NaN or infinite, before it reaches the weights.
+        FloatingPointError: if a loss or a gradient is NaN or infinite, before it reaches the weights; it says where
+            the first such number arose.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    steps: list[Step] = []
+    parameters, steps, reasons = trained_parameters(model, optimizer), list[Step](), list[str]()
     with training_mode(model), rates_of(optimizer) as set_rates, finish_step_on_ctrl_c() as stop:
-        for number, batch in enumerate(batches, start=1):
+        for number, batch in enumerate(batches[done:], start=done + 1):
             start = time.perf_counter()
             set_rates(schedule(number))
-            loss = loss_of(model, batch)
-            check_finite("loss", loss.item(), number)
-            loss.backward()
-            grad_norm = clip_grad_norm_(parameters, max_grad_norm)
-            check_finite("norm of the gradients", grad_norm.item(), number)
+            loss = (gradients or whole_batch)(model, batch)
+            check_finite("loss", loss, number, partial(first_bad_place, model, batch))
+            grad_norm, grad_norms = clip_(parameters, max_grad_norm)
+            check_finite("norm of the gradients", grad_norm, number, partial(first_bad_norm, grad_norms))
             optimizer.step()
             optimizer.zero_grad()
-            value, seconds, lr = loss.item(), time.perf_counter() - start, optimizer.param_groups[0]["lr"]
-            del loss  # its graph, though empty, would lie between the tensors of the next step: a ninth more memory
-            steps.append(Step(number, len(batches), value, grad_norm.item(), lr, batch.tokens.numel(), seconds))
-            for listen in listeners:
-                listen(steps[-1])
-            if stop.is_set():
+            seconds, lr = time.perf_counter() - start, optimizer.param_groups[0]["lr"]
+            steps.append(Step(number, len(batches), loss, grad_norm, lr, batch.tokens.numel(), seconds, grad_norms))
+            reasons = [reason for listen in listeners if (reason := listen(steps[-1]))]
+            reasons = [CTRL_C] if stop.is_set() else reasons
+            if reasons:
                 break
-    return Training(steps, interrupted=len(steps) < len(batches))
+    ended = done + len(steps) == len(batches)
+    return Training(steps, "" if ended else " and ".join(reasons))
+
+
+def whole_batch(model: nn.Module, batch: Batch) -> float:
+    """Add the gradients of a batch's loss; give the loss. Its graph is gone when this returns."""
+    loss = loss_of(model, batch)
+    loss.backward()
+    return loss.item()
+
+
+def in_parts(n_parts: int) -> Callable[[nn.Module, Batch], float]:
+    """A `gradients` that takes a batch in parts, one after the other: gradient accumulation.
+
+        loss = Σ over parts of loss(part) · labels(part) / labels(batch)
+
+    Memory is that of a part; loss and gradients are those of the whole batch up to rounding, also where some parts have
+    more labels than others.
+
+    Raises:
+        ValueError: if there is no part.
+    """
+    if n_parts < 1:
+        raise ValueError(f"cannot take a batch in {n_parts} parts: choose 1 or more")
+
+    def gradients(model: nn.Module, batch: Batch) -> float:
+        total = 0.0
+        for part in batch.parts(n_parts):
+            loss = loss_of(model, part) * (part.n_labels / batch.n_labels)
+            loss.backward()
+            total += loss.item()
+            del loss  # its graph, though empty, would lie between the tensors of the next part
+        return total
+
+    return gradients if n_parts > 1 else whole_batch
+
+
+def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The parameters of an optimizer by their names in the model, in the optimizer's order."""
+    names = {p: name for name, p in model.named_parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    return {names.get(p, f"parameter {place}"): p for place, p in enumerate(held)}
+
+
+def clip_(parameters: Mapping[str, nn.Parameter], max_norm: float) -> tuple[float, dict[str, float]]:
+    """Scale all gradients to a norm of at most `max_norm` together; give the norm before, and each one's own."""
+    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    if not grads:
+        return 0.0, {}
+    norms = torch.stack([torch.linalg.vector_norm(grad) for grad in grads.values()])
+    total = torch.linalg.vector_norm(norms)
+    clip_grads_with_norm_(parameters.values(), max_norm, total)
+    return total.item(), dict(zip(grads, norms.tolist(), strict=True))
 
 
 def warmup_then_decay(n_steps: int, n_warmup: int) -> Callable[[int], float]:
@@ -111,25 +177,19 @@ def warmup_then_decay(n_steps: int, n_warmup: int) -> Callable[[int], float]:
     return factor
 
 
-def check_finite(what: str, value: float, number: int) -> None:
-    """Stop before a bad loss or gradient reaches the weights."""
+def check_finite(what: str, value: float, number: int, where: Callable[[], str]) -> None:
+    """Stop before a bad loss or gradient reaches the weights; ask then where it arose."""
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"the {what} is {value} at step {number}; the weights are those of step {number - 1}: "
+            f"the {what} is {value} at step {number}, first {where()}; the weights are those of step {number - 1}: "
             "lower the learning rate or lengthen the warm-up, and look at the data of this batch"
         )
 
 
-@contextmanager
-def progress_bar(n_steps: int) -> Iterator[Callable[[Step], None]]:
-    """A listener that draws loss, tokens per second and learning rate: `with progress_bar(100) as listener`."""
-    with tqdm(total=n_steps, unit="step") as bar:
-
-        def listen(step: Step) -> None:
-            bar.set_postfix_str(f"loss {step.loss:.3f}, {step.n_tokens / step.seconds:,.0f} tokens/s, lr {step.lr:.1e}")
-            bar.update()
-
-        yield listen
+def first_bad_norm(norms: Mapping[str, float]) -> str:
+    """Say which gradient is not finite: of those of the last layers, which a backward reaches first."""
+    bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    return f"in the gradient of {bad[-1]}" if bad else "in their sum of squares"
 
 
 @contextmanager

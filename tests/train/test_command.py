@@ -12,6 +12,7 @@ from minilora.qlora import NF4Linear
 from minilora.torch_lora import load_adapter
 from minilora.torch_lora.inject import adapter_layers
 from minilora.train import command
+from minilora.train.trainer import Training
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def test_every_option_reaches_what_it_is_for(data, tmp_path, monkeypatch):
 
     def fine_tune(model, samples, **settings):
         seen.update(settings, model=model, samples=samples)
+        return Training([])
 
     monkeypatch.setattr(command, "fine_tune", fine_tune)
     out = tmp_path / "adapter"
@@ -106,8 +108,11 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(data, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epochs", "0"], "epochs are 0 and a batch is 8: choose 1 or more of each"),
-        (["--batch", "0"], "epochs are 1 and a batch is 0"),
+        (["--epochs", "0"], "epochs are 0, and a batch of 8 is taken in 1 parts: choose 1 or more of each"),
+        (["--batch", "0"], "epochs are 1, and a batch of 0 is taken in 1 parts"),
+        (["--accumulate", "9"], "a batch of 8 is taken in 9 parts"),
+        (["--save-every", "0"], "cannot save every 0 steps: choose 1 or more"),
+        (["--patience", "2"], "judge by samples that are not trained on: give --eval-data"),
         (["--lr", "inf"], "the learning rate is inf: choose one above 0, such as 2e-4"),
         (["--base", "nothing"], "there is no model 'nothing'"),
         (["--base", "a.gguf"], "a.gguf is a GGUF file, made for answering: train on the folder"),

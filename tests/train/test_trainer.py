@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from minilora.train.data import collate, mask_prompt
+from minilora.train.listeners import progress_bar
 from minilora.train.loss import loss_of
-from minilora.train.trainer import Step, Training, progress_bar, train, warmup_then_decay
+from minilora.train.trainer import Step, Training, train, warmup_then_decay
 
 
 class TinyModel(nn.Module):
@@ -164,7 +165,10 @@ def test_a_nan_never_reaches_the_weights(batch):
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
 
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 1.*lower the learning rate"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the loss is nan at step 1, first in the weight lm_head.weight; .*lower the learning rate",
+    ):
         train(model, [batch], optimizer, lambda number: 0.5)
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert torch.equal(model.model[0].weight, before)
@@ -216,7 +220,8 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(batch, bad):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.lm_head.weight.register_hook(lambda grad: torch.full_like(grad, bad))
     with pytest.raises(
-        FloatingPointError, match=r"the norm of the gradients is .* at step 1; the weights are those of"
+        FloatingPointError,
+        match=r"norm of the gradients is .* at step 1, first in the gradient of lm_head.weight; the weig",
     ):
         train(model, [batch], torch.optim.AdamW(model.parameters()))
 
