@@ -9,7 +9,8 @@ import json
 import math
 import pydoc_data.topics
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from torch import nn
 from minilora.llm.generation import generate
 from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer
+from minilora.train.data import Batch
 from minilora.train.extraction import KEYS, Example
+from minilora.train.loss import loss_of
 
 DATE_FORMAT = re.compile(r"\d{4}-\d{2}-\d{2}")
 
@@ -117,7 +120,7 @@ def perplexity(model: nn.Module, tokens: Sequence[int], seq_len: int = 512) -> f
         perplexity = exp(− mean log p(token[i] | tokens before it in its window))
 
     `tokens` is cut into windows of `seq_len`; a rest that fills no window is left out. Logits are summed up in
-    float32, whatever dtype the model has.
+    float32, whatever dtype the model has. Dropout is off meanwhile.
 
     Raises:
         ValueError: if there is not one full window of at least two tokens.
@@ -130,7 +133,34 @@ def perplexity(model: nn.Module, tokens: Sequence[int], seq_len: int = 512) -> f
     device = next((p.device for p in model.parameters()), None)
     windows = torch.tensor(tokens[: n_windows * seq_len], device=device).view(n_windows, seq_len)
     total = 0.0  # nats
-    for window in windows:
-        logits = model(window[None])[0, :-1].float()
-        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    with evaluating(model):
+        for window in windows:
+            logits = model(window[None])[0, :-1].float()
+            total += F.cross_entropy(logits, window[1:], reduction="sum").item()
     return math.exp(total / (n_windows * (seq_len - 1)))
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Nats per token that carries loss, over all batches; dropout is off meanwhile.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    if not batches:
+        raise ValueError("cannot measure a loss on no samples: give at least one")
+    with evaluating(model):
+        total = sum(loss_of(model, batch).item() * batch.n_labels for batch in batches)
+    return total / sum(batch.n_labels for batch in batches)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and afterwards every module back to what it was."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True

@@ -14,13 +14,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from minilora.train.data import Batch
-from minilora.train.evaluate import perplexity
+from minilora.train.evaluate import mean_loss, perplexity
 from minilora.train.listeners import MetricsLog
-from minilora.train.loss import loss_of
 from minilora.train.trainer import Step
 
 Measured = Mapping[str, float]
@@ -101,22 +99,3 @@ def judge(
         return judges.rules.verdict(log.measured)
 
     return listen
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Nats per token that carries loss, over all batches; dropout is off meanwhile.
-
-    Raises:
-        ValueError: if there is no batch.
-    """
-    if not batches:
-        raise ValueError("cannot measure a loss on no samples: give at least one")
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        total = sum(loss_of(model, batch).item() * batch.n_labels for batch in batches)
-    finally:
-        for module in was_training:
-            module.training = True
-    return total / sum(batch.n_labels for batch in batches)

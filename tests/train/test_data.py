@@ -91,3 +91,17 @@ def test_an_empty_batch_is_refused():
 def test_a_negative_label_is_refused():
     with pytest.raises(ValueError, match=r"line 3 has the label -1: a label is a token's number, or -100 for no loss"):
         Sample([1, 2, 3], [-100, -1, 3], "line 3")
+
+
+def test_a_batch_is_cut_into_parts_that_are_as_wide_as_they_need():
+    samples = [mask_prompt([1], [2] * n, eos=0) for n in (1, 1, 4)]
+    batch = collate(samples, pad=9)
+    parts = batch.parts(2)
+
+    assert [tuple(part.tokens.shape) for part in parts] == [(2, 3), (1, 6)]
+    assert [part.n_labels for part in parts] == [4, 5] and batch.n_labels == 9
+    assert [part.tokens.tolist() for part in batch.parts(7)] == [[sample.tokens] for sample in samples]
+
+
+def test_the_first_label_of_a_row_is_not_counted():
+    assert collate([Sample([1, 2], [1, 2])], pad=0).n_labels == 1

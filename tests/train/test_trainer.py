@@ -10,7 +10,7 @@ from torch import nn
 from minilora.train.data import collate, mask_prompt
 from minilora.train.listeners import progress_bar
 from minilora.train.loss import loss_of
-from minilora.train.trainer import Step, Training, train, warmup_then_decay
+from minilora.train.trainer import Step, Training, in_parts, train, warmup_then_decay
 
 
 class TinyModel(nn.Module):
@@ -242,3 +242,64 @@ def test_every_module_gets_its_own_mode_back(batch):
 
     assert model.training
     assert not model.model[1].training
+
+
+@pytest.mark.parametrize("n_parts", [2, 3, 9])
+def test_a_batch_in_parts_has_the_loss_and_gradients_of_the_whole(n_parts):
+    """Also where parts differ in labels: a mean of means would be another number (transformers #34191)."""
+    samples = [mask_prompt([1, 2], [3] * n, eos=0) for n in (1, 2, 5, 9, 1)]
+    batch, model = collate(samples, pad=0), TinyModel().double().eval()
+    losses, gradients = [], []
+    for way in (in_parts(1), in_parts(n_parts)):
+        losses.append(way(model, batch))
+        gradients.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+
+    assert losses[1] == pytest.approx(losses[0], abs=1e-14)  # float64, sums in another order
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-14)
+
+
+def test_no_parts_are_refused():
+    with pytest.raises(ValueError, match="cannot take a batch in 0 parts: choose 1 or more"):
+        in_parts(0)
+
+
+def test_a_listener_may_give_a_reason_to_stop(batch):
+    model = TinyModel()
+    reasons = {3: "it is good enough"}
+    optimizer = torch.optim.AdamW(model.parameters())
+    training = train(model, [batch] * 9, optimizer, listeners=[lambda step: reasons.get(step.number)])
+
+    assert str(training) == "stopped by it is good enough after 3 of 9 steps; the model keeps what it has learnt so far"
+    assert training.interrupted and len(training.steps) == 3
+
+
+def test_steps_that_were_made_are_passed_over(batch):
+    model, heard = TinyModel(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    training = train(model, [batch] * 5, optimizer, lambda number: number / 10, listeners=[heard.append], done=3)
+
+    assert [(step.number, step.lr) for step in heard] == [(4, 0.4), (5, 0.5)]
+    assert not training.interrupted
+
+
+def test_a_step_tells_the_norm_of_each_gradient(batch):
+    model, heard = TinyModel(), []
+    train(model, [batch], torch.optim.SGD(model.parameters(), lr=0.1), listeners=[heard.append])
+    (step,) = heard
+
+    assert list(step.grad_norms) == ["model.0.weight", "lm_head.weight"]
+    assert sum(norm**2 for norm in step.grad_norms.values()) == pytest.approx(step.grad_norm**2, rel=1e-6)
+
+
+def test_where_a_bad_number_arises_is_told(batch):
+    model = TinyModel()
+    model.model.insert(1, nn.Identity())
+    model.model[1].register_forward_hook(lambda module, given, made: made / 0)
+    with pytest.raises(
+        FloatingPointError, match=r"step 1, first in what model\.1 makes of finite numbers; the weights"
+    ):
+        train(model, [batch], torch.optim.AdamW(model.parameters()))
+
+    assert all(not module._forward_hooks for module in model.modules() if module is not model.model[1])
