@@ -13,6 +13,7 @@ file.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,18 @@ class Tokenizer:
                 "this model has no chat template (a base model?): write its prompt as text and use encode()"
             )
         return ChatTemplate(self._template_source)
+
+    @property
+    def template_source(self) -> str | None:
+        """The chat template as its author wrote it."""
+        return self._template_source
+
+    def with_template(self, source: str) -> "Tokenizer":
+        """The same tokenizer with another chat template."""
+        other = copy(self)
+        other.__dict__.pop("_template", None)  # what was read of the one before
+        other._template_source = source
+        return other
 
     def encode(self, text: str, *, parse_special: bool = False, add_bos: bool = False) -> list[int]:
         """Ids of a text. The text `"<|im_end|>"` becomes the control token of that name only with `parse_special`."""

@@ -1,57 +1,111 @@
-"""Training samples out of a JSONL file: one JSON object a line, whose last answer is to be learnt.
+"""Training samples out of a JSONL file: one JSON object a line, whose answers are to be learnt.
 
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
     {"prompt": "…", "completion": "…"}
-    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+    {"instruction": "…", "input": "…", "output": "…"}                      input may be missing or empty
 
-Both go through the model's own chat template; the loss is on the last answer and its end.
+All go through a chat template, the model's own or one of templates.py. The loss is on the answers, all of a
+conversation, and on the end of each.
 
-Read before: train/data.
+Read before: train/data, train/templates.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from minilora.llm.tokenizer import Tokenizer
-from minilora.train.data import Sample, mask_prompt
+from minilora.train.data import IGNORED, Sample
+from minilora.train.templates import MODEL, for_template, with_template
 
 MOST_PROBLEMS = 5  # that are told
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ROLES = ("system", "user", "assistant")
+FORMS = "messages, or a prompt and a completion, or an instruction and an output, all of them texts"
 
 
-def read_samples(path: Path, tokenizer: Tokenizer) -> list[Sample]:
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a line of a file."""
+
+    line: int  # from 1
+    text: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.text}"
+
+
+def read_samples(path: Path, tokenizer: Tokenizer, template: str = MODEL) -> list[Sample]:
     """Encode every line of a file; empty lines are passed over.
 
     Raises:
         ValueError: if there is no sample, or a line is not what it should be: the first few are told, by number.
     """
-    if tokenizer.eos is None:
-        raise ValueError("this tokenizer has no token that ends an answer: give it an eos_token")
-    tokenizer.encode_chat([{"role": "user", "content": "A trial: has the model a chat template?"}])
-    samples, problems = [], []
-    for number, line in enumerate(path.read_bytes().removeprefix(BYTE_ORDER_MARK).splitlines(), start=1):
-        if line.strip():
-            try:
-                *before, answer = messages_of(json.loads(line))
-                prompt, written = tokenizer.encode_chat(before), tokenizer.encode(answer["content"])
-                samples.append(mask_prompt(prompt, written, tokenizer.eos, name=f"line {number}"))
-            except UnicodeDecodeError:  # a ValueError too
-                problems.append(f"line {number} is not UTF-8: save the file as UTF-8")
-            except (ValueError, RecursionError) as error:
-                problems.append(f"line {number}: {error}".replace(f"line {number}: line {number} ", f"line {number} "))
+    samples, problems = read_lines(path, tokenizer, template)
     if problems:
         more = len(problems) - MOST_PROBLEMS
-        told = problems[:MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+        told = [str(problem) for problem in problems[:MOST_PROBLEMS]] + ([f"and {more} more"] if more > 0 else [])
         raise ValueError("\n  ".join([f"{path} has lines that cannot be learnt from:", *told]))
     if not samples:
         raise ValueError(f"{path} holds no sample: give it a line like " + '{"prompt": "…", "completion": "…"}')
     return samples
 
 
+def read_lines(path: Path, tokenizer: Tokenizer, template: str = MODEL) -> tuple[list[Sample], list[Problem]]:
+    """Encode what can be encoded of a file's lines, and say what is wrong with the others.
+
+    Raises:
+        ValueError: if the tokenizer cannot encode any: it has no token that ends an answer, or no chat template.
+    """
+    if tokenizer.eos is None:
+        raise ValueError("this tokenizer has no token that ends an answer: give it an eos_token")
+    tokenizer = with_template(tokenizer, template)
+    tokenizer.encode_chat([{"role": "user", "content": "A trial: has the model a chat template?"}])
+    samples, problems = [], []
+    for number, line in enumerate(path.read_bytes().removeprefix(BYTE_ORDER_MARK).splitlines(), start=1):
+        if line.strip():
+            try:
+                messages = for_template(messages_of(json.loads(line)), template)
+                samples.append(replace(conversation(messages, tokenizer), name=f"line {number}"))
+            except UnicodeDecodeError:  # a ValueError too
+                problems.append(Problem(number, "it is not UTF-8: save the file as UTF-8"))
+            except (ValueError, RecursionError) as error:
+                problems.append(Problem(number, str(error)))
+    return samples, problems
+
+
+def conversation(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, name: str = "it") -> Sample:
+    """Encode a conversation; each answer and its end carry loss.
+
+    Raises:
+        ValueError: if an answer is empty, or the template writes the beginning of a conversation otherwise once it
+            goes on, so that no single sequence holds all answers.
+    """
+    assert tokenizer.eos is not None
+    tokens, labels = list[int](), list[int]()
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, answer = tokenizer.encode_chat(messages[:place]), tokenizer.encode(message["content"])
+        if not answer:
+            raise ValueError(
+                f"{name} has an empty answer: the model would learn to say nothing; give it one, or drop it"
+            )
+        if prompt[: len(tokens)] != tokens:
+            raise ValueError(
+                f"message {place + 1}: the chat template writes what came before this answer in another way than "
+                "alone; make each answer the last of a line of its own"
+            )
+        learnt = [*answer, tokenizer.eos]
+        labels += [IGNORED] * (len(prompt) - len(tokens)) + learnt
+        tokens = prompt + learnt
+    return Sample(tokens, labels, name)
+
+
 def messages_of(row: Any) -> list[dict[str, str]]:
-    """The conversation that a row stands for; its last message is the answer.
+    """The conversation that a row stands for; its last message is an answer.
 
     Raises:
         ValueError: if it is none of the forms above, or does not end with an answer.
@@ -59,21 +113,48 @@ def messages_of(row: Any) -> list[dict[str, str]]:
     if not isinstance(row, Mapping):
         raise ValueError(f"it is a {type(row).__name__}, not an object")
     if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list):
-            raise ValueError(f"its messages are a {type(messages).__name__}, not a list")
-        for place, message in enumerate(messages, start=1):
-            if not is_message(message):
-                raise ValueError(
-                    f"message {place} is {str(message)[:60]}: give it a role ({', '.join(ROLES)}) and a text as content"
-                )
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise ValueError("the last message has to be the assistant's, after at least one other")
-        return messages
-    if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str):
-        keys = ", ".join(map(str, row)) or "none"
-        raise ValueError(f"it needs messages, or a prompt and a completion that are texts; its keys are {keys}")
-    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        return checked(row["messages"])
+    if "prompt" in row or "completion" in row:
+        prompt, completion = texts(row, "prompt", "completion")
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    if "instruction" in row or "output" in row:
+        instruction, output = texts(row, "instruction", "output")
+        (context,) = texts({"input": row.get("input") or ""}, "input")
+        question = {"role": "user", "content": instruction} | ({"input": context} if context else {})
+        return [question, {"role": "assistant", "content": output}]
+    raise ValueError(f"it needs {FORMS}; its keys are {', '.join(map(str, row)) or 'none'}")
+
+
+def checked(messages: Any) -> list[dict[str, str]]:
+    """Messages, if that is what they are.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not isinstance(messages, list):
+        raise ValueError(f"its messages are a {type(messages).__name__}, not a list")
+    for place, message in enumerate(messages, start=1):
+        if not is_message(message):
+            raise ValueError(
+                f"message {place} is {str(message)[:60]}: give it a role ({', '.join(ROLES)}) and a text as content"
+            )
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError("the last message has to be the assistant's, after at least one other")
+    if messages[0]["role"] == "assistant":
+        raise ValueError("the first message is the assistant's: there is nothing before it to answer")
+    return messages
+
+
+def texts(row: Mapping[str, Any], *keys: str) -> list[str]:
+    """The texts under these keys.
+
+    Raises:
+        ValueError: if one is missing, or no text.
+    """
+    odd = [key for key in keys if not isinstance(row.get(key), str)]
+    if odd:
+        raise ValueError(f"its {' and '.join(odd)} should be there; it needs {FORMS}")
+    return [row[key] for key in keys]
 
 
 def is_message(message: Any) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from minilora.llm.load import model_folder
 from minilora.llm.tokenizer import load_tokenizer
 from minilora.train.data import IGNORED
-from minilora.train.jsonl import messages_of, read_samples
+from minilora.train.jsonl import conversation, messages_of, read_samples
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +38,51 @@ def test_a_prompt_is_a_conversation_of_one_message(tmp_path, tokenizer):
     assert (short.tokens, short.labels) == (long.tokens, long.labels)
 
 
-def test_earlier_answers_are_context(tmp_path, tokenizer):
+def test_all_answers_of_a_conversation_are_learnt_and_nothing_between_them(tmp_path, tokenizer):
     talk = [("system", "Be brief."), ("user", "1?"), ("assistant", "One."), ("user", "2?"), ("assistant", "Two.")]
     row = {"messages": [{"role": role, "content": content} for role, content in talk]}
     (sample,) = read_samples(written(tmp_path, row), tokenizer)
 
-    assert [label for label in sample.labels if label != IGNORED] == [*tokenizer.encode("Two."), tokenizer.eos]
+    learnt = [label for label in sample.labels if label != IGNORED]
+    assert learnt == [token for answer in ("One.", "Two.") for token in (*tokenizer.encode(answer), tokenizer.eos)]
+    messages = row["messages"]
+    whole = tokenizer.encode_chat(messages, add_generation_prompt=False)
+    assert sample.tokens == whole[: len(sample.tokens)]
+    assert tokenizer.decode(whole[len(sample.tokens) :]) == "\n"
+
+
+def test_an_answer_that_the_template_writes_otherwise_later_is_refused(tmp_path, tokenizer):
+    forgetful = "{% for m in messages[-1:] %}{{ m.content }}{% endfor %}"
+    talk = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    with pytest.raises(ValueError, match="message 4: the chat template writes what came before this answer in another"):
+        conversation(talk, tokenizer.with_template(forgetful))
+
+
+def test_an_instruction_and_its_input_are_one_question(tmp_path, tokenizer):
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"prompt": "Add.\n\n1 2", "completion": "3"},
+        {"instruction": "Add.", "input": "", "output": "3"},
+        {"instruction": "Add.", "output": "3"},
+    ]
+    one, two, three, four = read_samples(written(tmp_path, *rows), tokenizer)
+
+    assert one.tokens == two.tokens and three.tokens == four.tokens != one.tokens
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ([1], "it is a list, not an object"),
-        ({"text": "a"}, "needs messages, or a prompt and a completion that are texts; its keys are text"),
-        ({"prompt": "a", "completion": 3}, "that are texts"),
+        ({"text": "a"}, "it needs messages, or a prompt and a completion, or an .* texts; its keys are text"),
+        ({"prompt": "a", "completion": 3}, "its completion should be there; it needs .*, all of them texts"),
+        ({"completion": "a"}, "its prompt should be there"),
+        ({"instruction": "a", "output": None}, "its output should be there"),
+        ({"instruction": "a", "output": "b", "input": 3}, "its input should be there"),
+        (
+            {"messages": [{"role": r, "content": "a"} for r in ("assistant", "user", "assistant")]},
+            "the first message is",
+        ),
         ({"messages": "a"}, "its messages are a str, not a list"),
         (
             {"messages": [{"role": "tool", "content": "a"}] * 2},
@@ -75,14 +106,14 @@ def test_bad_lines_are_told_by_number(tmp_path, tokenizer):
         read_samples(path, tokenizer)
     lines = str(error.value).splitlines()
     assert [" ".join(line.split()[:2]).strip(":") for line in lines[1:-1]] == [f"line {n}" for n in (2, 4, 5, 6, 7)]
-    assert lines[2].startswith("  line 4 has an empty answer")
+    assert lines[2].startswith("  line 4: it has an empty answer")
     assert lines[-1] == "  and 6 more"
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "é", "completion": "b"}'.encode("latin-1"), "line 1 is not UTF-8: save the file as UTF-8"),
+        ('{"prompt": "é", "completion": "b"}'.encode("latin-1"), "line 1: it is not UTF-8: save the file as UTF-8"),
         (b"[" * 100_000, "line 1: maximum recursion depth"),
     ],
 )
