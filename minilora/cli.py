@@ -49,11 +49,44 @@ def _demo(args: argparse.Namespace) -> int:
     return main_from_args(args)
 
 
+DATA_HELP = 'JSONL; a line has "messages", "prompt" and "completion", or "instruction", "input" and "output"'
+
+
+def _add_template(parser: argparse.ArgumentParser) -> None:
+    names = ("model", "chatml", "alpaca", "plain")
+    parser.add_argument("--template", choices=names, default="model", help="how it is written down (default: its own)")
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("data", help=DATA_HELP)
+    add("--against", metavar="FILE", help="test data, whose questions should not be in it")
+    add(
+        "--base",
+        default="smollm2-135m",
+        metavar="MODEL",
+        help="whose tokenizer, and whose length (default %(default)s)",
+    )
+    _add_template(parser)
+    add("--max-tokens", type=int, metavar="N", help="longer samples are a problem (default: the model's length)")
+    add(
+        "--show", type=int, nargs="+", metavar="LINE", help="show these lines token by token: what is learnt stands out"
+    )
+
+
+def _check(args: argparse.Namespace) -> int:
+    from minilora.train.check import run
+
+    return run(args, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", required=True, metavar="FILE", help='JSONL: {"prompt": …, "completion": …} or {"messages": …} a line')
-    add("--out", required=True, metavar="FOLDER", help="for the adapter")
+    add("--data", required=True, metavar="FILE", help=DATA_HELP)
+    add("--out", required=True, metavar="FOLDER", help="for the adapter, checkpoints, and metrics.jsonl")
     add("--base", default="smollm2-135m", metavar="MODEL", help="a name, or a folder (default %(default)s)")
+    _add_template(parser)
+    add("--max-tokens", type=int, metavar="N", help="drop longer samples, and say which")
     add("--method", choices=("lora", "qlora"), default="lora", help="over the weights or 4 bits (default %(default)s)")
     add("-r", "--r", type=int, default=16, metavar="RANK", help="rank of the adapter (default %(default)s)")
     add("--alpha", type=float, metavar="A", help="the update is scaled by alpha / r (default 2 r)")
@@ -61,6 +94,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dropout", type=float, default=0.0, metavar="P", help="of the adapter's input (default %(default)s)")
     add("--epochs", type=int, default=1, metavar="N", help="times every sample is seen (default %(default)s)")
     add("--batch", type=int, default=8, metavar="N", help="samples a step (default %(default)s)")
+    add("--pack", type=int, metavar="TOKENS", help="several samples in a row of so many tokens; --batch counts rows")
     add("--accumulate", type=int, default=1, metavar="N", help="take a batch in N parts, in their memory (default 1)")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the base's weights (default %(default)s)")
     add("--optimizer", choices=("adamw", "adamw-8bit"), default="adamw", help="moments' bits (default adamw: 32)")
@@ -125,6 +159,12 @@ COMMANDS = {
         example="minilora demo --method lora --out runs/first",
         add_arguments=_demo_arguments,
         run=_demo,
+    ),
+    "check": Command(
+        does="look at training data: lengths, duplicates, leaks, and which tokens are learnt",
+        example="minilora check samples.jsonl --against test.jsonl --show 1",
+        add_arguments=_check_arguments,
+        run=_check,
     ),
     "train": Command(
         does="fine-tune a model on your own samples, if the memory is there",

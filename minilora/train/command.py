@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ METHODS: Mapping[str, Callable[..., nn.Module]] = {"lora": LoRALinear, "qlora": 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STATE_BITS = {"adamw": 32, "adamw-8bit": 8}
 RUN, CHECKPOINT = "run.json", "checkpoint.safetensors"
+MOST_DROPPED_TOLD = 20
 GENERAL_TOKENS = 4096  # of plain English
 
 
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace, free_bytes: int, *, resume: bool = False) -> i
             epochs=args.epochs,
             state_bits=STATE_BITS[args.optimizer],
             n_parts=args.accumulate,
+            pack_tokens=args.pack,
             saving=Saving(out / CHECKPOINT, facts(args, model.origin.sha256), args.save_every),
             judged_by=judges(args, tokenizer, pad),
         )
@@ -92,6 +94,22 @@ def save(model: Decoder, out: Path) -> None:
     """Write a model's adapter, and say so."""
     save_adapter(model, out, base_name=model.origin.name, base_sha256=model.origin.sha256)
     print(f"adapter  {out}   (PEFT's layout)")
+
+
+def without_longer(samples: Sequence[Sample], max_tokens: int) -> list[Sample]:
+    """Drop samples with more tokens, and say which.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    kept = [sample for sample in samples if len(sample.tokens) <= max_tokens]
+    dropped = [sample.name.removeprefix("line ") for sample in samples if len(sample.tokens) > max_tokens]
+    if not kept:
+        raise ValueError(f"all {len(samples):,} samples have more than {max_tokens:,} tokens: raise --max-tokens")
+    if dropped:
+        told = ", ".join(dropped[:MOST_DROPPED_TOLD]) + (", …" if len(dropped) > MOST_DROPPED_TOLD else "")
+        print(f"{len(dropped):,} samples have more than {max_tokens:,} tokens and are dropped: lines {told}")
+    return kept
 
 
 def words_of(folder: Path) -> list[str]:
@@ -119,7 +137,7 @@ def judges(args: argparse.Namespace, tokenizer: Tokenizer, pad: int) -> Judges |
     """Who measures the training as it goes, if there are samples to measure it on."""
     if args.eval_data is None:
         return None
-    samples = read_samples(Path(args.eval_data), tokenizer)
+    samples = read_samples(Path(args.eval_data), tokenizer, args.template)
     general = tokenizer.encode(english_text()[: 8 * GENERAL_TOKENS])[:GENERAL_TOKENS]
     rules = Rules(args.eval_every, args.patience, args.max_forgetting)
     return Judges(make_batches(samples, args.batch, pad, seed=0), general, rules)
@@ -140,13 +158,20 @@ def planned(args: argparse.Namespace, free_bytes: int) -> tuple[list[Sample], in
         raise ValueError(f"{args.base} is a GGUF file, made for answering: train on the folder that it was made from")
     folder = model_folder(args.base, weights=False)
     arch, tokenizer = read_config(folder / "config.json"), load_tokenizer(folder)
-    samples = read_samples(Path(args.data), tokenizer)
+    samples = read_samples(Path(args.data), tokenizer, args.template)
+    if args.max_tokens is not None:
+        samples = without_longer(samples, args.max_tokens)
     longest = max(samples, key=lambda sample: len(sample.tokens))
     most = ModelConfig.from_hf(read_json(folder / "config.json")).max_seq_len
+    if args.pack is not None and not len(longest.tokens) <= args.pack <= most:
+        raise ValueError(
+            f"--pack is {args.pack}: a row holds the longest sample, {longest.name} of {len(longest.tokens):,} tokens, "
+            f"and the model was made for {most:,}"
+        )
     if len(longest.tokens) > most:
         raise ValueError(
             f"{longest.name} of {args.data} has {len(longest.tokens):,} tokens, and the model was made for {most:,}: "
-            "shorten it or take it out"
+            "shorten it, or drop it with --max-tokens"
         )
     rows = min(args.batch, len(samples))
     setup = Setup(
@@ -155,7 +180,7 @@ def planned(args: argparse.Namespace, free_bytes: int) -> tuple[list[Sample], in
         dtype=args.dtype,
         optimizer=args.optimizer,
         batch=-(-rows // args.accumulate),
-        seq=len(longest.tokens),
+        seq=args.pack or len(longest.tokens),
         checkpointing=args.checkpointing,
     )
     check_fits(arch, setup, free_bytes, longest.name, rows)

@@ -12,14 +12,17 @@ Read next: train/trainer.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Int64
+import torch.nn.functional as F
+from jaxtyping import Bool, Int64
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORED = -100  # the label that carries no loss; torch's cross_entropy skips it too
+NO_SEGMENT = -1
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of like length side by side, padded on the right; padding carries no loss."""
+    """Samples of like length side by side, padded on the right; padding carries no loss.
+
+    Where a row holds several samples, `segments` counts them from 0 (padding is −1): train/packing.
+    """
 
     tokens: Int64[Tensor, "batch seq"]
     labels: Int64[Tensor, "batch seq"]
+    segments: Int64[Tensor, "batch seq"] | None = None
 
     @cached_property
     def shared(self) -> int:
         """With how many tokens all rows begin alike, such as those of a system prompt."""
+        if self.segments is not None:
+            return 0
         alike = (self.tokens == self.tokens[:1]).all(dim=0)
         return int(alike.cumprod(0).sum())
 
@@ -73,8 +82,31 @@ class Batch:
 
     def parts(self, n_parts: int) -> list["Batch"]:
         """Cut a batch into at most so many of neighbouring rows, each as wide as its longest row needs."""
-        rows = zip(self.tokens.tensor_split(n_parts), self.labels.tensor_split(n_parts), strict=True)
-        return [Batch(*_trimmed(tokens, labels)) for tokens, labels in rows if len(tokens)]
+        rows = torch.arange(len(self.tokens)).tensor_split(n_parts)
+        return [self.rows(part) for part in rows if len(part)]
+
+    def rows(self, which: Int64[Tensor, " some"]) -> "Batch":
+        """Some rows of it, as wide as the longest of them needs: what follows all last labels carries no loss."""
+        labels = self.labels[which]
+        width = int((labels != IGNORED).any(dim=0).nonzero().max()) + 1
+        segments = None if self.segments is None else self.segments[which, :width]
+        return Batch(self.tokens[which, :width], labels[:, :width], segments)
+
+    @cached_property
+    def positions(self) -> Int64[Tensor, "batch seq"] | None:
+        """The place of each token in its sample, where a row holds several."""
+        if self.segments is None:
+            return None
+        place = torch.arange(self.segments.shape[1]).expand_as(self.segments)
+        is_first = F.pad(self.segments[:, 1:] != self.segments[:, :-1], (1, 0), value=True)
+        return place - torch.where(is_first, place, 0).cummax(dim=1).values
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "batch seq seq"] | None:
+        """True where a token (row) may look at another (column): in its own sample, at itself and all before it."""
+        if self.segments is None:
+            return None
+        return (self.segments[:, :, None] == self.segments[:, None, :]).tril()
 
 
 def mask_prompt(prompt: list[int], answer: list[int], eos: int, name: str = "a sample") -> Sample:
@@ -99,16 +131,18 @@ def collate(samples: Sequence[Sample], pad: int) -> Batch:
     """
     if not samples:
         raise ValueError("cannot make a batch of 0 samples: give at least one")
-    n = max(len(sample.tokens) for sample in samples)
-    tokens = [sample.tokens + [pad] * (n - len(sample.tokens)) for sample in samples]
-    labels = [sample.labels + [IGNORED] * (n - len(sample.labels)) for sample in samples]
-    return Batch(torch.tensor(tokens), torch.tensor(labels))
+    return replace(stack([[sample] for sample in samples], pad), segments=None)
 
 
-def _trimmed(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave out the columns behind the last label of all rows: what follows a last label carries no loss."""
-    width = int((labels != IGNORED).any(dim=0).nonzero().max()) + 1
-    return tokens[:, :width], labels[:, :width]
+def stack(rows: Sequence[Sequence[Sample]], pad: int) -> Batch:
+    """Lay each row's samples one after the other, padded on the right with `pad`."""
+    tokens, labels, segments = list[Tensor](), list[Tensor](), list[Tensor]()
+    for row in rows:
+        tokens.append(torch.tensor([token for sample in row for token in sample.tokens]))
+        labels.append(torch.tensor([label for sample in row for label in [IGNORED, *sample.labels[1:]]]))
+        segments.append(torch.tensor([place for place, sample in enumerate(row) for _ in sample.tokens]))
+    padded = zip((tokens, labels, segments), (pad, IGNORED, NO_SEGMENT), strict=True)
+    return Batch(*(pad_sequence(parts, batch_first=True, padding_value=value) for parts, value in padded))
 
 
 def make_batches(samples: Sequence[Sample], batch_size: int, pad: int, seed: int, window: int = 16) -> list[Batch]:

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from minilora.qlora import PagedAdamW
 from minilora.train.checkpoint import Saving
-from minilora.train.data import Sample, make_batches
+from minilora.train.data import Batch, Sample, make_batches
 from minilora.train.judging import Judges, judge
 from minilora.train.listeners import MetricsLog, health_check, progress_bar
+from minilora.train.packing import make_packed_batches
 from minilora.train.trainer import Step, Training, in_parts, train, warmup_then_decay
 
 METRICS = "metrics.jsonl"
@@ -29,13 +30,15 @@ def fine_tune(
     epochs: int = 1,
     state_bits: int = 32,
     n_parts: int = 1,
+    pack_tokens: int | None = None,
     saving: Saving | None = None,
     judged_by: Judges | None = None,
 ) -> Training:
     """Train what requires a gradient in the model, on every sample `epochs` times, in a new order each time.
 
     AdamW without weight decay (its moments in `state_bits`); the rate rises in a straight line over a tenth of the
-    steps to `lr` and falls in another to 0. A batch goes through the model in `n_parts`.
+    steps to `lr` and falls in another to 0. A batch goes through the model in `n_parts`. It is of `batch_size` samples,
+    or of as many rows of `pack_tokens`, which hold several samples each.
 
     With `saving` the training goes on where its checkpoint stands, and ends with the same bits as if it had never
     stopped; a log of all steps lies beside it, and what its judges find, who may end it early.
@@ -44,7 +47,13 @@ def fine_tune(
         ValueError: if there is nothing to train, a number is impossible, or the checkpoint is of another run.
         FloatingPointError: as train; the model keeps the weights of the step before.
     """
-    batches = [batch for n in range(epochs) for batch in make_batches(samples, batch_size, pad, seed + n)]
+
+    def batches_of(seed: int) -> list[Batch]:
+        if pack_tokens is None:
+            return make_batches(samples, batch_size, pad, seed)
+        return make_packed_batches(samples, batch_size, pack_tokens, pad, seed)
+
+    batches = [batch for n in range(epochs) for batch in batches_of(seed + n)]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = PagedAdamW(trained, lr=lr, weight_decay=0.0, state_bits=state_bits)
     done = saving.resumed(model, optimizer) if saving else 0

@@ -87,7 +87,7 @@ def test_a_sample_longer_than_the_model_was_made_for_is_refused(tmp_path, capsys
 
     assert cli.main(["train", "--data", str(path), "--out", str(tmp_path / "adapter")]) == 2
     assert "line 1 of " in (message := capsys.readouterr().err)
-    assert "and the model was made for 8,192: shorten it or take it out" in message
+    assert "and the model was made for 8,192: shorten it, or drop it with --max-tokens" in message
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(data, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,176 @@
+"""`minilora check`: look at training data before it costs an hour.
+
+    cannot be learnt       lines of another form, with an empty answer, without a label
+    too long               for the model, or for --max-tokens
+    written-out controls   "<|im_end|>" in an answer is learnt as the letters it is written with
+    twice                  the same tokens in several lines
+    leaked                 a question of the training data that is asked in the test data too
+
+The view of a line shows each token, and which of them carry loss.
+
+Read before: train/jsonl.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+
+from minilora.llm.config import ModelConfig
+from minilora.llm.load import model_folder
+from minilora.llm.tokenizer import Tokenizer, load_tokenizer, read_json
+from minilora.train.data import IGNORED, Sample
+from minilora.train.jsonl import Problem, read_lines
+
+MOST_TOLD = 10  # lines of one kind
+PROBLEMS_FOUND = 1  # exit code
+MASKED, LEARNT, PLAIN = "\x1b[2m", "\x1b[30;42m", "\x1b[0m"
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What was found in a file. str() is what `minilora check` prints."""
+
+    samples: Sequence[Sample]
+    problems: Sequence[Problem]  # of lines, by their number
+    notes: Sequence[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.samples):,} samples"]
+        if self.samples:
+            lengths = [len(sample.tokens) for sample in self.samples]
+            learnt = sum(label != IGNORED for sample in self.samples for label in sample.labels)
+            p95 = quantiles(lengths, n=20)[-1] if len(lengths) > 1 else lengths[0]
+            longest = max(self.samples, key=lambda sample: len(sample.tokens))
+            lines.append(
+                f"tokens    {sum(lengths):,}: {min(lengths):,} to {max(lengths):,} ({longest.name}) a sample, "
+                f"median {median(lengths):,.0f}, 95 of 100 below {p95:,.0f}"
+            )
+            lines.append(f"learnt    {learnt:,} of them, {learnt / sum(lengths):.0%}: the answers and their ends")
+        lines += [f"note      {note}" for note in self.notes]
+        told = sorted(self.problems, key=lambda problem: problem.line)
+        by_text = defaultdict(list)
+        for problem in told:
+            by_text[problem.text].append(problem.line)
+        lines += [f"problem   {_lines(numbers)}: {text}" for text, numbers in by_text.items()]
+        return "\n".join([*lines, "no problem found" if not told else f"{len(told):,} problems found"])
+
+
+def check_data(
+    path: Path, tokenizer: Tokenizer, template: str, max_tokens: int, against: Path | None = None
+) -> DataReport:
+    """Look at every line of a file, and at those of the test data that it should not contain.
+
+    Raises:
+        ValueError: if the tokenizer cannot encode any line.
+    """
+    samples, problems = read_lines(path, tokenizer, template)
+    found = [*problems, *_too_long(samples, max_tokens), *_written_out(samples, tokenizer), *_twice(samples)]
+    notes = []
+    if tokenizer.pad == tokenizer.eos:
+        notes.append("padding is the token that ends an answer; the mask goes by length, so that the end is learnt")
+    if against is not None:
+        test, problems_there = read_lines(against, tokenizer, template)
+        if problems_there:
+            notes.append(f"{len(problems_there):,} lines of {against} cannot be read")
+        found += _leaked(samples, test, against)
+    return DataReport(samples, found, notes)
+
+
+def view(sample: Sample, tokenizer: Tokenizer, *, color: bool) -> str:
+    """A sample token by token: what is masked is dim and what is learnt stands out, or between ⟦ ⟧ without colour.
+
+    Control characters are written as escapes: text from a file does not reach the terminal as commands.
+    """
+    pieces, was_learnt = list[str](), False
+    for place, (token, label) in enumerate(zip(sample.tokens, sample.labels, strict=True)):
+        learnt = label != IGNORED and place > 0
+        text = visible(tokenizer.decode([token], skip_special=False))
+        if color:
+            pieces.append(f"{LEARNT if learnt else MASKED}{text}{PLAIN}")
+        else:
+            pieces.append(("⟦" if learnt > was_learnt else "⟧" if learnt < was_learnt else "|") + text)
+        was_learnt = learnt
+    return "".join(pieces).lstrip("|") + ("⟧" if was_learnt and not color else "")
+
+
+def visible(text: str) -> str:
+    """Text with its line ends shown, and all else that is no character as an escape."""
+    shown = (c if c.isprintable() else "⏎\n" if c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
+def run(args: argparse.Namespace, *, color: bool) -> int:
+    """Print the report on a file, or the view of its lines; exit code 1 where there are problems."""
+    folder = model_folder(args.base, weights=False)
+    tokenizer = load_tokenizer(folder)
+    most = ModelConfig.from_hf(read_json(folder / "config.json")).max_seq_len
+    max_tokens = most if args.max_tokens is None else min(args.max_tokens, most)
+    against = None if args.against is None else Path(args.against)
+    report = check_data(Path(args.data), tokenizer, args.template, max_tokens, against)
+    wanted = {f"line {number}" for number in args.show or ()}
+    for sample in report.samples:
+        if sample.name in wanted:
+            print(f"{sample.name}, {len(sample.tokens):,} tokens\n{view(sample, tokenizer, color=color)}\n")
+    missing = sorted(wanted - {sample.name for sample in report.samples})
+    if missing:
+        print(f"no sample is in {', '.join(missing)}\n")
+    print(report)
+    return PROBLEMS_FOUND if report.problems else 0
+
+
+def number_of(sample: Sample) -> int:
+    """The line that a sample of a file stands in."""
+    return int(sample.name.removeprefix("line "))
+
+
+def _too_long(samples: Iterable[Sample], max_tokens: int) -> list[Problem]:
+    return [
+        Problem(number_of(sample), f"it has more than {max_tokens:,} tokens: shorten it, or drop it by --max-tokens")
+        for sample in samples
+        if len(sample.tokens) > max_tokens
+    ]
+
+
+def _written_out(samples: Iterable[Sample], tokenizer: Tokenizer) -> list[Problem]:
+    problems = []
+    for sample in samples:
+        answer = tokenizer.decode([label for label in sample.labels if label != IGNORED])
+        found = [text for text in tokenizer.control_tokens if text in answer]
+        problems += [
+            Problem(number_of(sample), f"its answer has the letters {text}: learnt as text, not as the control token")
+            for text in found
+        ]
+    return problems
+
+
+def _twice(samples: Iterable[Sample]) -> list[Problem]:
+    first: dict[tuple[int, ...], Sample] = {}
+    problems = []
+    for sample in samples:
+        before = first.setdefault(tuple(sample.tokens), sample)
+        if before is not sample:
+            problems.append(Problem(number_of(sample), f"the same as {before.name}: its weight in training is doubled"))
+    return problems
+
+
+def _leaked(samples: Iterable[Sample], test: Iterable[Sample], against: Path) -> list[Problem]:
+    asked = {_question(sample): sample for sample in test}
+    return [
+        Problem(number_of(sample), f"its question is asked in {against} too ({asked[_question(sample)].name})")
+        for sample in samples
+        if _question(sample) in asked
+    ]
+
+
+def _question(sample: Sample) -> tuple[int, ...]:
+    first_answer = next(place for place, label in enumerate(sample.labels) if label != IGNORED)
+    return tuple(sample.tokens[:first_answer])
+
+
+def _lines(numbers: Sequence[int]) -> str:
+    told = ", ".join(map(str, numbers[:MOST_TOLD]))
+    more = f" and {len(numbers) - MOST_TOLD:,} more" if len(numbers) > MOST_TOLD else ""
+    return f"line{'s' * (len(numbers) > 1)} {told}{more}"

@@ -1,0 +1,94 @@
+"""`minilora check` as its user meets it."""
+
+import json
+
+import pytest
+
+from minilora import cli
+from minilora.llm.load import model_folder
+from minilora.llm.tokenizer import load_tokenizer
+from minilora.train.check import check_data, view, visible
+from minilora.train.jsonl import read_samples
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(model_folder("smollm2-135m"))
+
+
+def written(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+def row(prompt, completion):
+    return {"prompt": prompt, "completion": completion}
+
+
+def test_good_data_has_no_problem(tmp_path, capsys):
+    data = written(tmp_path / "data.jsonl", row("1?", "One."), row("2?", "Two of them."))
+
+    assert cli.main(["check", str(data)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("2 samples\ntokens    ") and out.endswith("no problem found\n")
+
+
+def test_every_kind_of_problem_is_told_with_its_lines(tmp_path, capsys):
+    test = written(tmp_path / "test.jsonl", row("6?", "Six."), "{")
+    data = written(
+        tmp_path / "data.jsonl",
+        row("1?", "One."),
+        "{not json",
+        row("1?", "One."),
+        row("4?", ""),
+        row("5? " * 40, "Five."),
+        row("6?", "Another six."),
+        row("7?", "Seven.<|im_end|>"),
+        row("1?", "One."),
+    )
+
+    assert cli.main(["check", str(data), "--against", str(test), "--max-tokens", "60"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    problems = [line.removeprefix("problem   ") for line in out if line.startswith("problem")]
+    assert [problem.split(":")[0] for problem in problems] == [
+        "line 2", "lines 3, 8", "line 4", "line 5", "line 6", "line 7",
+    ]  # fmt: skip
+    for problem, told in zip(
+        problems,
+        ["Expecting property name", "the same as line 1", "an empty answer", "more than 60 tokens",
+         f"its question is asked in {test} too (line 1)", "its answer has the letters <|im_end|>"],
+        strict=True,
+    ):  # fmt: skip
+        assert told in problem
+    assert f"note      1 lines of {test} cannot be read" in out and out[-1] == "7 problems found"
+
+
+def test_the_figures_are_those_of_the_samples(tmp_path, tokenizer):
+    data = written(tmp_path / "data.jsonl", *(row("a" * n, "b" * n) for n in range(1, 30)))
+    samples = read_samples(data, tokenizer)
+    lengths = sorted(len(sample.tokens) for sample in samples)
+    report = str(check_data(data, tokenizer, "model", 8192))
+
+    assert f"tokens    {sum(lengths):,}: {lengths[0]} to {lengths[-1]} (line " in report
+    assert f"median {lengths[14]}, " in report
+
+
+def test_the_view_shows_what_is_learnt(tmp_path, tokenizer):
+    (sample,) = read_samples(written(tmp_path / "data.jsonl", row("Hi", "Yes, I do.")), tokenizer)
+    plain, coloured = (view(sample, tokenizer, color=color) for color in (False, True))
+
+    assert plain.endswith("|ass|istant|⏎\n⟦Yes|,| I| do|.|<|im_end|>⟧")
+    assert coloured.endswith("\x1b[30;42m.\x1b[0m\x1b[30;42m<|im_end|>\x1b[0m")
+    assert "\x1b[2mHi\x1b[0m" in coloured
+
+
+def test_a_line_is_shown_and_one_that_is_not_there_is_told(tmp_path, capsys):
+    data = written(tmp_path / "data.jsonl", row("Hi", "Yes."))
+
+    assert cli.main(["check", str(data), "--show", "1", "7"]) == 0
+    out = capsys.readouterr().out
+    assert "⟦Yes|.|<|im_end|>⟧" in out and "no sample is in line 7" in out
+
+
+def test_text_from_a_file_does_not_command_the_terminal():
+    assert visible("a\x1b[2J\x07b\tc\u202e\n") == "a\\x1b[2J\\x07b\\tc\\u202e⏎\n"
