@@ -131,6 +131,39 @@ def _resume(args: argparse.Namespace) -> int:
     return run(parser.parse_args(words_of(Path(args.folder))), free, resume=True)
 
 
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", required=True, metavar="FILE", help=DATA_HELP)
+    add("--adapter", metavar="FOLDER", help="in PEFT's layout; without it the base alone is measured")
+    add("--base", default="smollm2-135m", metavar="MODEL", help="a name, or a folder (default %(default)s)")
+    _add_template(parser)
+    add("--json", metavar="FILE", help="write the numbers here too")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from minilora.train.compare import run
+
+    return run(args)
+
+
+def _chat_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("question", nargs="?", help="answer this alone; without it a conversation begins")
+    add("--adapter", metavar="FOLDER", help="in PEFT's layout")
+    add("--base", default="smollm2-135m", metavar="MODEL", help="a name, or a folder (default %(default)s)")
+    add("--system", metavar="TEXT", help="what the model is told first")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default %(default)s)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens alone (default 1)")
+    add("--seed", type=int, metavar="N", help="of the drawing")
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from minilora.train.chat import run
+
+    return run(args)
+
+
 def _size_arguments(parser: argparse.ArgumentParser) -> None:
     from minilora.llm.size_report import add_size_arguments
 
@@ -177,6 +210,18 @@ COMMANDS = {
         example="minilora resume runs/mine",
         add_arguments=_resume_arguments,
         run=_resume,
+    ),
+    "eval": Command(
+        does="a base and its adapter side by side: loss, exact answers, what was forgotten",
+        example="minilora eval --data test.jsonl --adapter runs/mine",
+        add_arguments=_eval_arguments,
+        run=_eval,
+    ),
+    "chat": Command(
+        does="talk with a model, and with what an adapter made of it",
+        example="minilora chat --adapter runs/mine",
+        add_arguments=_chat_arguments,
+        run=_chat,
     ),
     "size": Command(
         does="parameters, adapter file and training memory of a model, without its weights",

@@ -99,7 +99,10 @@ def test_the_version_is_the_package_s(capsys):
     ("words", "message"),
     [
         (["siz"], "no command is named 'siz'; did you mean size?"),
-        (["xyzzy"], "no command is named 'xyzzy'; the commands are demo, check, train, resume, size, doctor"),
+        (
+            ["xyzzy"],
+            "no command is named 'xyzzy'; the commands are demo, check, train, resume, eval, chat, size, doctor",
+        ),
         (["size", "gpt2", "--rank", "3"], "unrecognized arguments: --rank 3; `minilora size --help` tells the options"),
         (
             ["size", "gpt2", "-r", "many"],

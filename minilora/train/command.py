@@ -25,6 +25,7 @@ from minilora.llm.sizes import Setup
 from minilora.llm.tokenizer import Tokenizer, load_tokenizer, read_json
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, save_adapter
+from minilora.train.chat import TEMPLATE_FILE
 from minilora.train.checkpoint import Saving
 from minilora.train.data import Sample, make_batches
 from minilora.train.evaluate import english_text
@@ -32,6 +33,7 @@ from minilora.train.finetune import fine_tune
 from minilora.train.fits import GIB, bytes_needed, check_fits
 from minilora.train.jsonl import read_samples
 from minilora.train.judging import Judges, Rules
+from minilora.train.templates import TEMPLATES
 from minilora.train.trainer import CTRL_C
 
 METHODS: Mapping[str, Callable[..., nn.Module]] = {"lora": LoRALinear, "qlora": QLoRALinear}
@@ -81,17 +83,19 @@ def run(args: argparse.Namespace, free_bytes: int, *, resume: bool = False) -> i
             judged_by=judges(args, tokenizer, pad),
         )
     except FloatingPointError:  # what was learnt before is whole
-        save(model, out)
+        save(model, out, args.template)
         raise
     print(training)
-    save(model, out)
+    save(model, out, args.template)
     if training.stopped_by == CTRL_C:
         print(f"go on    minilora resume {shlex.quote(str(out))}")
     return 0
 
 
-def save(model: Decoder, out: Path) -> None:
-    """Write a model's adapter, and say so."""
+def save(model: Decoder, out: Path, template: str) -> None:
+    """Write a model's adapter, with the chat template that it was trained with, and say so."""
+    if template in TEMPLATES:
+        write_whole({out / TEMPLATE_FILE: TEMPLATES[template].encode()})
     save_adapter(model, out, base_name=model.origin.name, base_sha256=model.origin.sha256)
     print(f"adapter  {out}   (PEFT's layout)")
 

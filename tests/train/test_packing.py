@@ -97,6 +97,13 @@ def test_padding_is_nobodys(tmp_path):
     assert torch.isfinite(loss_of(Decoder(tiny_config()), batch))
 
 
+def test_a_text_that_is_learnt_from_its_first_token_learns_nothing_of_the_text_before_it():
+    texts = [Sample([n, n + 1, n + 2], [n, n + 1, n + 2]) for n in (1, 11)]
+    (batch,) = make_packed_batches(texts, 1, 6, pad=0, seed=0)
+
+    assert batch.n_labels == 4 == collate(texts, pad=0).n_labels
+
+
 def test_what_cannot_be_packed_is_refused():
     with pytest.raises(ValueError, match=r"4\+5 has 10 tokens, and a row has 9: drop it, or pack wider"):
         packed_rows(samples(), 9)

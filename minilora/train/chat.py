@@ -1,0 +1,95 @@
+"""`minilora chat`: talk with a model, and with what an adapter made of it.
+
+Answers come token by token. Ctrl-C ends an answer, and between answers the conversation; so does the end of the input.
+Where the input is no terminal, each of its lines is a question: `echo "Why?" | minilora chat`.
+
+Read before: llm/generation, torch_lora/peft_format.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from minilora.llm.generation import stream
+from minilora.llm.load import load_model
+from minilora.llm.model import Decoder
+from minilora.llm.tokenizer import Tokenizer
+from minilora.torch_lora import load_adapter
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+def load_adapted(base: str, adapter: str | None, dtype: torch.dtype) -> tuple[Decoder, Tokenizer]:
+    """Load a base and put an adapter on it; with the chat template that the adapter was trained with, if it says one.
+
+    Raises:
+        ValueError: as load_model and load_adapter.
+    """
+    model, tokenizer = load_model(base, dtype=dtype)
+    if adapter is None:
+        return model, tokenizer
+    load_adapter(model, adapter, base_sha256=model.origin.sha256)
+    return model.eval(), with_trained_template(tokenizer, Path(adapter))
+
+
+def with_trained_template(tokenizer: Tokenizer, adapter: Path) -> Tokenizer:
+    """The tokenizer with the template beside an adapter, if there is one."""
+    path = adapter / TEMPLATE_FILE
+    return tokenizer.with_template(path.read_text(encoding="utf-8")) if path.is_file() else tokenizer
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer the question of the command line, or each that is asked.
+
+    Raises:
+        ValueError: if a model cannot be loaded, or a conversation is longer than the model was made for.
+    """
+    model, tokenizer = load_adapted(args.base, args.adapter, torch.bfloat16)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
+    for question in [args.question] if args.question else questions():
+        messages.append({"role": "user", "content": question})
+        tokens = stream(
+            model,
+            tokenizer.encode_chat(messages),
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            stop_tokens=tokenizer.stop_tokens,
+            generator=generator,
+        )
+        messages.append({"role": "assistant", "content": say(tokenizer.decode_stream(tokens))})
+    return 0
+
+
+def questions() -> Iterator[str]:
+    """What is typed, until the input ends or Ctrl-C is pressed."""
+    if not sys.stdin.isatty():
+        yield from filter(None, map(str.strip, sys.stdin))
+        return
+    print("Ctrl-C ends an answer; an empty line, or Ctrl-D, the conversation")
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not question:
+            return
+        yield question
+
+
+def say(pieces: Iterator[str]) -> str:
+    """Print an answer piece by piece, so far as Ctrl-C lets it, and give what was said."""
+    said = ""
+    try:
+        for piece in pieces:
+            print("".join(c if c.isprintable() or c in "\n\t" else "�" for c in piece), end="", flush=True)
+            said += piece
+    except KeyboardInterrupt:
+        print(" …", end="")
+    print()
+    return said
