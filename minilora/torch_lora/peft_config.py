@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minilora.torch_lora.config import LoRAConfig
-from minilora.torch_lora.peft_patterns import NamePattern, parse_pattern, resolve
+from minilora.torch_lora.peft_patterns import NamePattern, describe, parse_pattern, resolve
 
 CONFIG_FILE = "adapter_config.json"
 CONFIG_LIMIT_BYTES = 1_000_000
@@ -106,6 +106,37 @@ def read_config(path: Path) -> AdapterConfig:
         bias=config.get("bias", "none"),
         modules_to_save=tuple(config.get("modules_to_save") or ()),
     )
+
+
+def config_of(layers: Mapping[str, Any], targets: list[str]) -> dict[str, object]:
+    """Describe layers, by name, as PEFT does: all that follows from their r, alpha, dropout and use_rslora.
+
+    Raises:
+        ValueError: if they differ in use_rslora, of which PEFT has one for all.
+    """
+    if len({layer.use_rslora for layer in layers.values()}) > 1:
+        names = {layer.use_rslora: name for name, layer in layers.items()}
+        raise ValueError(
+            f"the adapter's layers differ in use_rslora: {names[True]} has it, {names[False]} has not; "
+            "PEFT's config has one for all: give all layers the same"
+        )
+    r, rank_pattern = describe({name: layer.r for name, layer in layers.items()})
+    alpha, alpha_pattern = describe({name: layer.alpha for name, layer in layers.items()})
+    config: dict[str, object] = {
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": max(layer.dropout for layer in layers.values()),
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": r,
+        "target_modules": targets,
+    }
+    use_rslora = next(iter(layers.values())).use_rslora
+    unusual = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "use_rslora": use_rslora}
+    return config | {key: value for key, value in unusual.items() if value}  # older versions of PEFT know few keys
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.files import write_whole
 from minilora.torch_lora.config import LoRAConfig
@@ -30,8 +30,7 @@ from minilora.torch_lora.inject import (
     refuse_to_train_without_floats,
 )
 from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, StoresNoFloats, kind_of
-from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, read_config
-from minilora.torch_lora.peft_patterns import describe
+from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, config_of, read_config
 from minilora.torch_lora.peft_tensors import fit_adapter, matrices_by_key, read_tensors
 from minilora.torch_lora.peft_whole import place_in, whole_to_write
 from minilora.torch_lora.replaced import all_finite, replace_tensors, replaced_tensors, warn_of_untying
@@ -67,18 +66,33 @@ def save_adapter(
     if not layers:
         raise ValueError("this model has no adapter to save: inject(model, targets, wrap) gives it one")
     whole, bias, modules = whole_to_write(model)
-    config = _config_of(model, layers, base_name, task_type) | {"bias": bias, "modules_to_save": modules or None}
-    tensors = {
-        key: tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, layer in layers.items()
-        for key, tensor in matrices_by_key(name, layer).items()
-    } | {key: tensor.detach().to("cpu").contiguous() for key, tensor in whole.items()}
+    config = config_of(layers, _shortest_targets(model, layers)) | {
+        "base_model_name_or_path": base_name,
+        "bias": bias,
+        "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
+        "modules_to_save": modules or None,
+        "task_type": task_type,
+    }
+    matrices = {k: tensor for name, layer in layers.items() for k, tensor in matrices_by_key(name, layer).items()}
+    tensors = {key: tensor.float() for key, tensor in matrices.items()} | whole
+    write_adapter(folder, config, tensors, {"base_sha256": base_sha256} if base_sha256 else {})
+
+
+def write_adapter(
+    folder: str | Path, config: Mapping[str, object], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write the two files of an adapter, both or none, by names and keys that are PEFT's already.
+
+    Raises:
+        ValueError: if a tensor holds a NaN or an infinity.
+    """
     broken = [key for key, tensor in tensors.items() if not all_finite(tensor)]
     if broken:
         raise ValueError(f"{len(broken)} tensors of this adapter hold NaN or infinite values, the first is {broken[0]}")
-    metadata = {"format": "pt"} | ({"base_sha256": base_sha256} if base_sha256 else {})
+    stored = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     folder, config_json = Path(folder), json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_whole({folder / TENSOR_FILE: save(tensors, metadata), folder / CONFIG_FILE: config_json.encode()})
+    files = {TENSOR_FILE: save(stored, {"format": "pt"} | dict(metadata)), CONFIG_FILE: config_json.encode()}
+    write_whole({folder / name: content for name, content in files.items()})
 
 
 def load_adapter(
@@ -125,37 +139,6 @@ def load_adapter(
             layers[name].B.copy_(pair["B"])
     replace_tensors(model, {place_in(model, n): tensor for n, tensor in whole.items()}, trainable=train_replaced)
     return InjectReport(_hits_by_leaf(sorted(pairs)), count_parameters(model))
-
-
-def _config_of(
-    model: nn.Module, layers: dict[str, LoRALayer], base_name: str | None, task_type: str | None
-) -> dict[str, object]:
-    if len({layer.use_rslora for layer in layers.values()}) > 1:
-        names = {layer.use_rslora: name for name, layer in layers.items()}
-        raise ValueError(
-            f"the adapter's layers differ in use_rslora: {names[True]} has it, {names[False]} has not; "
-            "PEFT's config has one for all: give all layers the same"
-        )
-    r, rank_pattern = describe({name: layer.r for name, layer in layers.items()})
-    alpha, alpha_pattern = describe({name: layer.alpha for name, layer in layers.items()})
-    config: dict[str, object] = {
-        "base_model_name_or_path": base_name,
-        "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": max(layer.dropout for layer in layers.values()),
-        "peft_type": "LORA",
-        "r": r,
-        "target_modules": _shortest_targets(model, layers),
-        "task_type": task_type,
-    }
-    unusual = {
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "use_rslora": next(iter(layers.values())).use_rslora,
-    }
-    return config | {key: value for key, value in unusual.items() if value}
 
 
 def _shortest_targets(model: nn.Module, layers: dict[str, LoRALayer]) -> list[str]:

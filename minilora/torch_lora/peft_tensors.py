@@ -24,8 +24,13 @@ EMBEDDING_SUFFIXES = {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
 
 def matrices_by_key(name: str, layer: LoRALayer) -> dict[str, Tensor]:
     """A layer's A and B by PEFT's names."""
-    suffixes = EMBEDDING_SUFFIXES if isinstance(layer, LoRAEmbedding) else LINEAR_SUFFIXES
-    return {f"{PREFIX}{name}{suffixes[ours]}": tensor for ours, tensor in layer.adapter_tensors().items()}
+    kind = LoRAEmbedding if isinstance(layer, LoRAEmbedding) else LoRALinear
+    return {key_of(name, ours, kind): tensor for ours, tensor in layer.adapter_tensors().items()}
+
+
+def key_of(name: str, ours: str, kind: type[LoRALayer] = LoRALinear) -> str:
+    """PEFT's name for a layer's "A" or "B"."""
+    return f"{PREFIX}{name}{(EMBEDDING_SUFFIXES if kind is LoRAEmbedding else LINEAR_SUFFIXES)[ours]}"
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from minilora.llm import Decoder, ModelConfig
 from minilora.torch_lora import inject, load_adapter, lora_layer, remove, save_adapter, train_biases, train_modules
+from minilora.torch_lora.import_layouts import convert
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.peft_patterns import describe, parse_pattern, resolve
 
@@ -233,6 +234,27 @@ def test_tied_embeddings_are_untied_as_in_peft_with_a_warning_and_tied_again_by_
     remove(ours)
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     assert_same_bits(ours, before)
+
+
+def test_an_mlx_lm_adapter_gives_its_own_values_in_peft(tmp_path):
+    names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qv"]
+    base, scale = llama(), 3.7
+    widths = {name: base.get_submodule(name).weight.shape for name in names}
+    tensors = {f"{name}.lora_a": torch.randn(widths[name][1], 3) for name in names}
+    tensors |= {f"{name}.lora_b": torch.randn(3, widths[name][0]) for name in names}
+    save_file(tensors, tmp_path / "adapters.safetensors")
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 3, "scale": scale, "dropout": 0.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    convert(tmp_path, tmp_path / "out")
+    theirs, ours = PeftModel.from_pretrained(llama(), tmp_path / "out").eval(), llama()
+    load_adapter(ours, tmp_path / "out")
+    x = torch.randn(2, 32)
+
+    torch.testing.assert_close(logits(theirs), logits(ours), **CLOSE)
+    for name in names:
+        y = base.get_submodule(name)(x) + scale * ((x @ tensors[f"{name}.lora_a"]) @ tensors[f"{name}.lora_b"])
+        # sums of 32 products in another order: a few roundings of the largest term, about 30
+        torch.testing.assert_close(theirs.base_model.model.get_submodule(name)(x), y, rtol=1e-5, atol=1e-5)
 
 
 # --- patterns, against PEFT's own function
