@@ -32,7 +32,7 @@ from minilora.torch_lora.inject import (
 from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, StoresNoFloats, kind_of
 from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, config_of, read_config
 from minilora.torch_lora.peft_tensors import fit_adapter, matrices_by_key, read_tensors
-from minilora.torch_lora.peft_whole import place_in, whole_to_write
+from minilora.torch_lora.peft_whole import in_model, whole_to_write
 from minilora.torch_lora.replaced import all_finite, replace_tensors, replaced_tensors, warn_of_untying
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -65,6 +65,10 @@ def save_adapter(
     layers = adapter_layers(model)
     if not layers:
         raise ValueError("this model has no adapter to save: inject(model, targets, wrap) gives it one")
+    more = {name: names for name, layer in layers.items() if (names := layer.adapter_tensors().keys() - {"A", "B"})}
+    if more:
+        name, tensors_of_it = next(iter(more.items()))
+        raise ValueError(f"{name} trains {sorted(tensors_of_it)} beside A and B: this writer knows plain LoRA")
     whole, bias, modules = whole_to_write(model)
     config = config_of(layers, _shortest_targets(model, layers)) | {
         "base_model_name_or_path": base_name,
@@ -126,10 +130,10 @@ def load_adapter(
     _refuse_other_settings(model, settings)
     _refuse_merged(model)
     if train_replaced:
-        refuse_to_train_without_floats(model, [place_in(model, name) for name in whole])
+        refuse_to_train_without_floats(model, list(in_model(model, whole)))
     _warn_of_idle_patterns(config, settings)
     _warn_of_another_base(metadata.get("base_sha256"), base_sha256)
-    warn_of_untying(model, {place_in(model, name) for name in whole} - replaced_tensors(model).keys())
+    warn_of_untying(model, in_model(model, whole).keys() - replaced_tensors(model).keys())
     if not adapter_layers(model):
         _inject_by_name(model, settings, wrap, set(whole) if train_replaced else set())
     layers = adapter_layers(model)
@@ -137,7 +141,7 @@ def load_adapter(
         for name, pair in pairs.items():
             layers[name].A.copy_(pair["A"])
             layers[name].B.copy_(pair["B"])
-    replace_tensors(model, {place_in(model, n): tensor for n, tensor in whole.items()}, trainable=train_replaced)
+    replace_tensors(model, in_model(model, whole), trainable=train_replaced)
     return InjectReport(_hits_by_leaf(sorted(pairs)), count_parameters(model))
 
 

@@ -30,10 +30,12 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     return {_without_adapter(n, layers): tensor for n, tensor in state.items() if n.rpartition(".")[0] not in layers}
 
 
-def place_in(model: nn.Module, name: str) -> str:
-    """Where a tensor of the base is now: under its layer's adapter, if that has one."""
-    owner, _, leaf = name.rpartition(".")
-    return f"{owner}.base.{leaf}" if owner in adapter_layers(model) else name
+def in_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name tensors of the base by where they are in the model: under its layer's adapter, if that has one."""
+    layers = adapter_layers(model)
+    split = {name: name.rpartition(".") for name in tensors}
+    places = {name: f"{owner}.base.{leaf}" if owner in layers else name for name, (owner, _, leaf) in split.items()}
+    return {places[name]: tensor for name, tensor in tensors.items()}
 
 
 def fit_whole(

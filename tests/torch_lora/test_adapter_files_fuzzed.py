@@ -20,7 +20,7 @@ from torch import nn
 
 from minilora.torch_lora import inject, load_adapter, lora_layer, remove, save_adapter, train_biases, train_modules
 from minilora.torch_lora.inject import adapter_layers
-from minilora.torch_lora.peft_whole import place_in
+from minilora.torch_lora.peft_whole import in_model
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -306,7 +306,8 @@ def check_loaded_exactly(model: Model, tensors: dict[str, torch.Tensor], text: s
             layer = layers[name.removesuffix(suffix)]
             there = layer.A if "_A" in suffix else layer.B
         else:
-            there = model.state_dict()[place_in(model, name.replace(".base_layer.", "."))]
+            [place] = in_model(model, {name.replace(".base_layer.", "."): tensor})
+            there = model.state_dict()[place]
         assert torch.equal(there.detach(), tensor.to(there.dtype)), f"{text}\n{key} was not loaded as it stands"
 
 
