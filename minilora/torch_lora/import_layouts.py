@@ -13,6 +13,7 @@ mlx-lm's config is called adapter_config.json too and has other keys. Only safet
 that they have in the file. Read before this file: peft_format.
 """
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,9 +131,11 @@ def _pair_problem(layout: Layout, A: Tensor | None, B: Tensor | None) -> str | N
     if A.ndim != 2 or B.ndim != 2:
         return f"shapes {shapes}: not matrices, but those of a convolution or of several experts"
     inner = (A.shape[1], B.shape[0]) if layout.transposed else (A.shape[0], B.shape[1])
-    if inner[0] != inner[1] or inner[0] < 1:
+    if inner[0] != inner[1]:
         merged = "; loralib's MergedLinear, which has several updates in one, is not read" if layout is LORALIB else ""
         return f"shapes {shapes} have no r in common{merged}"
+    if 0 in (*A.shape, *B.shape):
+        return f"shapes {shapes} hold nothing"
     if not (is_finite_in(A, torch.float32) and is_finite_in(B, torch.float32)):
         return "not finite floats"
     return None
@@ -143,7 +146,7 @@ def _mlx_settings(path: Path, pairs: dict[str, tuple[Tensor, Tensor]], alpha: fl
     parameters: Any = config.get("lora_parameters")
     problems = [] if alpha is None else ["alpha is given, but mlx-lm stores scale = alpha / r: leave it out"]
     if config.get("fine_tune_type", "lora") != "lora":
-        problems.append(f"fine_tune_type = {config['fine_tune_type']!r:.100}: 'lora' alone is converted")
+        problems.append(f"fine_tune_type = {reprlib.repr(config['fine_tune_type'])}: 'lora' alone is converted")
     if not isinstance(parameters, dict) or not all(is_number(parameters.get(key)) for key in ("rank", "scale")):
         problems.append("lora_parameters: an object with the numbers rank and scale is needed")
         parameters = {}
@@ -151,7 +154,9 @@ def _mlx_settings(path: Path, pairs: dict[str, tuple[Tensor, Tensor]], alpha: fl
         problems.append("lora_parameters: dropout must be a number")
     rank = parameters.get("rank")
     problems += [
-        f"{n}: its r is {len(A)}, the config says {rank}" for n, (A, _) in pairs.items() if rank not in (None, len(A))
+        f"{n}: its r is {len(A)}, the config says {reprlib.repr(rank)}"
+        for n, (A, _) in pairs.items()
+        if rank not in (None, len(A))
     ]
     if problems:
         raise ValueError(f"{path} and its tensors cannot be converted from mlx-lm:\n  " + "\n  ".join(problems))

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import struct
 import sys
 import warnings
@@ -19,6 +20,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 from minilora.torch_lora import inject, load_adapter, lora_layer, remove, save_adapter, train_biases, train_modules
+from minilora.torch_lora.consumers import acceptance
+from minilora.torch_lora.import_layouts import convert
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.peft_whole import in_model
 
@@ -281,6 +284,12 @@ def check(model: Model, folder: Path, text: str, watch: Watch) -> bool:
         error = None
     except Exception as caught:
         error = caught
+    try:
+        assert str(acceptance(folder)), text
+    except (ValueError, FileNotFoundError):
+        assert error is not None, text  # what loads has a report
+    except Exception as caught:
+        raise AssertionError(f"{text}\nacceptance raised {type(caught).__name__}") from caught
     watch.on = False
     if error is None:
         check_loaded_exactly(model, load((folder / TENSORS).read_bytes()), text)
@@ -342,3 +351,36 @@ def test_300_damaged_adapters_load_exactly_or_are_refused(tmp_path, monkeypatch)
 @pytest.mark.long
 def test_10_000_damaged_adapters_load_exactly_or_are_refused(tmp_path, monkeypatch):
     assert 400 < fuzz(10_000, tmp_path, monkeypatch) < 6_000
+
+
+def test_300_damaged_mlx_lm_adapters_are_converted_or_refused(tmp_path):
+    config = json.dumps({"num_layers": 1, "lora_parameters": {"rank": 2, "scale": 2.0, "dropout": 0.0}}).encode()
+    tensors = save({"q_proj.lora_a": torch.randn(4, 2), "q_proj.lora_b": torch.randn(2, 6)})
+    source, converted = tmp_path / "mlx", 0
+    source.mkdir()
+    for number in range(300):
+        rng = random.Random(number)
+        what, changed, data = "nothing", config, tensors
+        if number % 3 == 0:
+            key, value = rng.choice(["rank", "scale", "dropout", "keys"]), rng.choice(HOSTILE_JSON)
+            what = f"{key} = {value[:60]}"
+            changed = raw_json([("lora_parameters", f'{{"rank": 2, "scale": 2.0, "{key}_": 0, "{key}": {value}}}')])
+        elif number % 3 == 1:
+            what, changed = rng.choice([flip_bits, cut, splice])(rng, config)
+        else:
+            what, data = rng.choice([flip_bits, cut, splice, change_tensor, drop_tensor, change_header])(rng, tensors)
+        (source / "adapter_config.json").write_bytes(changed)
+        (source / "adapters.safetensors").write_bytes(data)
+        try:
+            convert(source, tmp_path / "out")
+        except (ValueError, FileNotFoundError) as error:
+            assert type(error) in (ValueError, FileNotFoundError), f"case {number}: {what}"
+            assert not (tmp_path / "out").exists(), f"case {number}: {what}"
+        else:
+            written = load((tmp_path / "out" / TENSORS).read_bytes())
+            for key, tensor in load(data).items():
+                name = f"{PREFIX}{key[:-2]}_{key[-1].upper()}.weight"
+                assert torch.equal(written[name], tensor.T.float()), f"case {number}: {what}"
+            shutil.rmtree(tmp_path / "out")
+            converted += 1
+    assert 20 < converted < 200
