@@ -1,7 +1,7 @@
 """Layer 2: the handwritten LoRA module in PyTorch, put into any model by name, saved as PEFT saves."""
 
 from minilora.torch_lora.config import LoRAConfig
-from minilora.torch_lora.inject import count_parameters, inject, match_targets, remove
+from minilora.torch_lora.inject import count_parameters, inject, match_targets, remove, train_biases, train_modules
 from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALinear, merged
 from minilora.torch_lora.peft_format import load_adapter, lora_layer, save_adapter
 
@@ -18,4 +18,6 @@ __all__ = [
     "merged",
     "remove",
     "save_adapter",
+    "train_biases",
+    "train_modules",
 ]

@@ -5,18 +5,20 @@
 
     report = inject(model, ["q_proj", "v_proj"], lambda base: LoRALinear(base, r=8, alpha=16))
 
-Nothing is changed before everything has been checked. Read before this file: layers.
+Nothing is changed before everything has been checked. What an adapter trains beside A and B, biases and whole modules,
+is chosen here as well. Read before this file: layers, replaced.
 """
 
 import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from minilora.torch_lora.layers import LoRAConv1D, LoRALayer, LoRALinear, StoresNoFloats
+from minilora.torch_lora.replaced import freeze, give_back, replace_tensors, replaced_tensors, warn_of_untying
 
 Target = str | re.Pattern[str]
 ALL_LINEAR = "all-linear"
@@ -108,27 +110,103 @@ def inject(
 def remove(model: nn.Module) -> None:
     """Take every adapter out, in place: each wrapped module gets its base back, the same object with the same bits.
 
-    Merged layers are unmerged first. Parameters stay frozen, as inject left them. A base that a wrap function made
-    (QLoRA's 4-bit one) is what it made: the weight it was made from is gone.
+    Merged layers are unmerged first, and biases and modules that the adapter replaced are given back as they were
+    (torch_lora/replaced), ties between them too. Parameters stay frozen, as inject left them. A base that a wrap
+    function made (QLoRA's 4-bit one) is what it made: the weight it was made from is gone.
 
     Raises:
         ValueError: if the model has no adapters.
     """
     layers = {name: module for name, module in _outer_modules(model).items() if isinstance(module, LoRALayer)}
-    if not layers:
+    if not layers and not replaced_tensors(model):
         raise ValueError("this model has no adapters to remove")
     for name, layer in layers.items():
         if layer.is_merged:
             layer.unmerge()
         _replace(model, name, layer.base)
+    give_back(model)
 
 
 def freeze_all_but_adapters(model: nn.Module) -> None:
-    """Let nothing but the adapters' tensors have gradients, in place."""
-    model.requires_grad_(False)
+    """Let nothing but the adapters' tensors have gradients, in place; what they replaced whole stays as it was."""
+    freeze(model)
     for layer in adapter_layers(model).values():
         for tensor in layer.adapter_tensors().values():
             tensor.requires_grad_(True)
+
+
+def train_biases(model: nn.Module, which: Literal["all", "lora_only"] = "lora_only") -> list[str]:
+    """Let biases train: those of the adapted layers, or all of the model's. Give their names.
+
+    The model computes the same as before: copies stand in their place, and remove(model) gives the biases back.
+
+    Raises:
+        ValueError: if there are none, or one is of a layer that stores no floats, whose bias has no gradient.
+    """
+    names = bias_names(model)
+    if which == "lora_only":
+        layers = adapter_layers(model)
+        names = [name for name in names if name.removesuffix(".base.bias") in layers]
+    if not names:
+        whose = "no adapted layer of this model" if which == "lora_only" else "nothing in this model"
+        raise ValueError(f"{whose} has a bias: there is nothing to train")
+    refuse_to_train_without_floats(model, names)
+    _train_whole(model, names)
+    return names
+
+
+def train_modules(model: nn.Module, targets: Target | Sequence[Target]) -> dict[str, list[str]]:
+    """Let whole modules train, such as an output head beside the adapters. Give what each target hit.
+
+    The model computes the same as before: copies stand in place of the modules' tensors, and remove(model) gives these
+    back. Where one is tied to another module's tensor, the two are untied, as in PEFT, with a warning.
+
+    Raises:
+        ValueError: if a target hits nothing, or a module with an adapter in it, without tensors or without floats.
+    """
+    hits = match_targets(model, targets)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    adapted = adapter_layers(model)
+    names: dict[str, None] = {}  # in order, each once
+    for module in (name for found in hits.values() for name in found):
+        inside = [name for name in adapted if f"{name}.".startswith(f"{module}.")]
+        state = [f"{module}.{leaf}" for leaf in modules[module].state_dict()]
+        if inside or not state:
+            reason = f"it has an adapter, {inside[0]}" if inside else "it holds no tensors"
+            raise ValueError(f"{module} cannot train whole: {reason}; choose another target")
+        names |= dict.fromkeys(state)
+    refuse_to_train_without_floats(model, list(names))
+    _train_whole(model, list(names))
+    return hits
+
+
+def bias_names(model: nn.Module) -> list[str]:
+    """The names of all parameters that are called "bias", those of the layers under adapters too."""
+    return [name for name, _ in model.named_parameters(remove_duplicate=False) if name.rpartition(".")[2] == "bias"]
+
+
+def refuse_to_train_without_floats(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to train tensors of layers that store no floats: they compute without gradients to their own tensors.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    stored = [name for name, owner in owners.items() if isinstance(owner, StoresNoFloats)]
+    if stored:
+        raise ValueError(
+            f"{stored[0]} cannot train: {type(owners[stored[0]]).__name__} stores no floats and gives its own tensors "
+            "no gradient; leave it frozen, or put the adapter over a layer of floats"
+        )
+
+
+def _train_whole(model: nn.Module, names: list[str]) -> None:
+    there, state = replaced_tensors(model), model.state_dict(keep_vars=True)
+    new = {name: state[name] for name in names if name not in there}
+    warn_of_untying(model, set(new))
+    replace_tensors(model, new, trainable=True)
+    for name in there.keys() & set(names):
+        there[name].requires_grad_(there[name].is_floating_point())
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoRALayer]:

@@ -25,6 +25,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from minilora.cpu import Linear
 from minilora.torch_lora.autograd import lora_linear
 from minilora.torch_lora.config import LoRAConfig
+from minilora.torch_lora.replaced import KEPT, freeze
 
 
 @runtime_checkable
@@ -82,7 +83,7 @@ class LoRALayer(nn.Module):
         self.B = nn.Parameter(torch.empty(out_features, r, device=device))
         self.initialize(generator)
         self._kept: tuple[nn.Parameter, ...] = ()  # a tuple, so that it counts neither as a parameter nor as state
-        base.requires_grad_(False)  # last: whoever is refused leaves the base as it was
+        freeze(base)  # last: whoever is refused leaves the base as it was
 
     @staticmethod
     def accepts(base: nn.Module) -> bool:
@@ -131,7 +132,8 @@ class LoRALayer(nn.Module):
 
         W′ = W + ΔW, summed in float32 (or wider) and rounded once to W's dtype
 
-        W itself is kept beside it (as many bytes as W has), so that unmerge gives it back bit for bit.
+        W itself is kept beside it (as many bytes as W has), so that unmerge gives it back bit for bit. A bias that the
+        adapter replaced (torch_lora/replaced) is in place before and after: merging does not touch it.
 
         Raises:
             RuntimeError: if the layer is merged already.
@@ -169,7 +171,7 @@ class LoRALayer(nn.Module):
         """Make a new layer of the base's kind, of floats, with the update in its weight; this one is left as it was.
 
         The dtype is the base's own unless given. A base that stores no floats becomes an nn.Linear, of float32 unless
-        a dtype is given.
+        a dtype is given. A bias that the adapter replaced is in the new layer.
         """
         if isinstance(self.base, StoresNoFloats):
             return self._fused_linear(dtype or torch.float32)
@@ -177,6 +179,8 @@ class LoRALayer(nn.Module):
         new_weight = weight.detach().clone() if self.is_merged else self._summed_weight(weight.dtype)
         # deepcopy takes what its memo holds for an object instead of copying it: the old weight is never duplicated
         layer = copy.deepcopy(self.base, {id(weight): nn.Parameter(new_weight, requires_grad=False)})
+        vars(layer).pop(KEPT, None)  # the new layer has no adapter, so nothing to give back
+        layer.requires_grad_(False)
         return layer if dtype is None else layer.to(dtype)
 
     def _fused_linear(self, dtype: torch.dtype) -> nn.Linear:

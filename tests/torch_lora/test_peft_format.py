@@ -197,7 +197,8 @@ def test_all_mismatches_are_listed_at_once_and_nothing_is_changed(saved):
         "this adapter does not fit the model:",
         "  base_model.model.k_proj.lora_A.weight: the model has no layer of that name and kind",
         "  base_model.model.q_proj.lora_A.weight: shape (2, 9), the model has (2, 8)",
-        "  base_model.model.q_proj.magnitude: not the name of a LoRA matrix",
+        "  base_model.model.q_proj.magnitude: not the name of a LoRA matrix, "
+        "nor of a tensor that the config says is replaced",
         "  q_proj: has B alone, A and B are needed",
         "  v_proj: has A alone, A and B are needed",
     ]
@@ -275,9 +276,23 @@ def test_a_config_of_absurd_size_is_not_read(saved):
     ("changes", "message"),
     [
         ({"use_dora": True}, "use_dora = True: DoRA rescales the rows"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern = .*: it gives layers different ranks"),
-        ({"modules_to_save": ["out"]}, "modules_to_save = .*: it replaces whole modules"),
-        ({"bias": "all"}, "bias = 'all': it changes the base's biases"),
+        ({"rank_pattern": {"q_proj": 4}}, "q_proj.lora_A.weight: its r is 2, the config gives this layer 4"),
+        ({"rank_pattern": {"q|v": 2}}, r"rank_pattern\['q\|v'\]: '\|' is not read here"),
+        ({"rank_pattern": {"q_proj": 2.0}}, r"rank_pattern\['q_proj'\]: 2.0 is not a whole number"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]: r is 0: it counts the rows of A"),
+        ({"r": 2.0}, "r = 2.0: a whole number is needed"),
+        ({"alpha_pattern": {"q_proj": "4"}}, r"alpha_pattern\['q_proj'\]: '4' is not a number"),
+        ({"alpha_pattern": {"q_proj": -4}}, r"alpha_pattern\['q_proj'\]: alpha is -4: .* positive and finite"),
+        ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern = \['q_proj'\]: an object of names and numbers is needed"),
+        ({"rank_pattern": {f"p{i}": 2 for i in range(10_001)}}, "rank_pattern has 10,001 entries"),
+        ({"modules_to_save": ["out"]}, "base_model.model.out.weight: missing from the file"),
+        ({"modules_to_save": ["head"]}, r"modules_to_save = \['head'\]: no module's name ends so"),
+        ({"modules_to_save": "out"}, "modules_to_save = 'out': a list of names is needed"),
+        ({"modules_to_save": [""]}, r"modules_to_save = \[''\]: a list of names is needed"),
+        ({"modules_to_save": ["out"], "ensure_weight_tying": True}, "ensure_weight_tying = True: it saves a module"),
+        ({"bias": "all"}, "base_model.model.q_proj.base_layer.bias: missing from the file"),
+        ({"bias": "some"}, r"bias = 'some': one of \('none', 'all', 'lora_only'\) is needed"),
+        ({"bias": ["all"]}, r"bias = \['all'\]: one of"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3': this reader knows 'LORA'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa': it moves part of the base's weight"),
         ({"use_something_new": 1}, "use_something_new = 1: not a key this reader knows"),
@@ -295,7 +310,7 @@ def test_a_config_that_asks_for_more_than_plain_lora_is_refused_with_the_reason(
 
 
 def test_all_refused_keys_are_named_at_once(saved):
-    edit_config(saved, use_dora=True, bias="all", use_something_new=1)
+    edit_config(saved, use_dora=True, bias="some", use_something_new=1)
 
     with pytest.raises(ValueError) as error:
         load_adapter(Model(), saved)
@@ -343,12 +358,13 @@ def test_an_adapter_with_nan_is_not_saved(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_layers_with_different_settings_cannot_be_saved_as_one(tmp_path):
+def test_layers_that_differ_in_use_rslora_cannot_be_saved_as_one(tmp_path):
     model = adapted()
-    inject(model, "out", lambda base: LoRALinear(base, r=3, alpha=4))
+    inject(model, "out", lambda base: LoRALinear(base, r=2, alpha=4, use_rslora=True))
 
-    with pytest.raises(ValueError, match=r"the adapter's layers differ in \(r, alpha, use_rslora\)"):
-        save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="differ in use_rslora: out has it, v_proj has not"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_removing_and_loading_again_gives_the_same_output(saved):
