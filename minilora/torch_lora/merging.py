@@ -138,6 +138,7 @@ def merged_state(model: nn.Module, dtype: torch.dtype, report: MergeReport) -> I
         if isinstance(module, LoRALayer):
             weight, report.layers[name] = _merged_weight(module, dtype)
             yield f"{name}.weight", weight
+            del weight  # before the next one is made
         elif isinstance(module, StoresNoFloats):
             yield f"{name}.weight", dense_weight(module, dtype)
         for leaf, parameter in own.named_parameters(recurse=False):

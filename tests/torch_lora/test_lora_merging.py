@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -263,3 +264,18 @@ def test_a_layer_of_four_bits_without_an_adapter_is_in_the_merged_state_as_float
     state = dict(merged_state(model, torch.float32, MergeReport("float32", {})))
 
     assert torch.equal(state["head.weight"], model.head.dense_weight(torch.float32))
+
+
+def test_only_one_merged_weight_exists_at_a_time():
+    model = adapted(["up", "embed"], std=1.0)
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    names, counts = [], []
+    for name, w in merged_state(model, torch.bfloat16, MergeReport("bfloat16", {})):
+        counts.append(len(alive))
+        if name in ("up.weight", "embed.weight"):
+            alive.add(w)
+        names.append(name)
+        del w
+
+    assert names.index("up.weight") > names.index("embed.weight")
+    assert counts == [0] * len(names)

@@ -25,14 +25,14 @@ CONFIG = {
 TOKENS = torch.arange(20).reshape(2, 10)
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A tiny model in bfloat16, whose head is its embedding."""
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16 base", "fp32 base"])
+def base(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A tiny model whose head is its embedding, in one of two dtypes."""
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}))
-    weights = Decoder(ModelConfig.from_hf(CONFIG)).bfloat16().state_dict()
+    weights = Decoder(ModelConfig.from_hf(CONFIG)).to(request.param).state_dict()
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors")
     return folder
@@ -64,22 +64,22 @@ def test_the_folder_computes_what_the_adapter_did(base, tmp_path, targets):
     torch.testing.assert_close(merged(TOKENS), adapted(TOKENS), rtol=0, atol=1e-5)
     assert (load_model(base)[0](TOKENS) - adapted(TOKENS)).abs().max() > 0.01
     assert report.layers.keys() == adapter_layers(adapted).keys()
-    # the base is in bfloat16: had W + ΔW been rounded to that on the way, this would be about 0.01
+    # had W + ΔW been rounded to a base of bfloat16 on the way, this would be about 0.01
     assert report.off.relative < 1e-5
 
 
 def test_the_weights_are_in_the_dtype_asked_for_and_rounded_once(base, tmp_path, capsys):
     adapted = adapter_for(base, tmp_path / "adapter", ["q_proj"])
-    run(options(base, tmp_path / "adapter", tmp_path / "out", "fp16"))
+    run(options(base, tmp_path / "adapter", tmp_path / "out", "bf16"))
     stored = load_file(tmp_path / "out" / "model.safetensors")
     layer = adapted.model.layers[1].self_attn.q_proj
     wanted = layer.base.weight.double() + layer.delta_weight().detach().double()
 
-    assert {w.dtype for w in stored.values()} == {torch.float16}
-    assert torch.equal(stored["model.layers.1.self_attn.q_proj.weight"], wanted.half())
+    assert {w.dtype for w in stored.values()} == {torch.bfloat16}
+    assert torch.equal(stored["model.layers.1.self_attn.q_proj.weight"], wanted.bfloat16())
     assert "lm_head.weight" not in stored
     said = capsys.readouterr().out
-    assert said.startswith("merged into float16")
+    assert said.startswith("merged into bfloat16")
     assert "all layers" in said
 
 
