@@ -52,6 +52,8 @@ def save_model(out: Path, source: Path, weights: Iterable[tuple[str, Tensor]], c
             if (source / name).is_file():
                 shutil.copyfile(source / name, making / name)
         (making / "README.md").write_text(card(), encoding="utf-8")
+        for path in making.iterdir():
+            path.chmod(0o644)  # safetensors lets only the owner read
         making.chmod(0o755)
         making.rename(out)
     finally:

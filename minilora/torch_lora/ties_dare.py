@@ -11,8 +11,8 @@ no product of thin matrices any more, so an SVD cuts it to a rank. The report te
 means") and from the plain sum. Dropping entries makes noise of full rank, so that the cut takes away much of M. Where
 the sum is what is wanted, arithmetic.svd of the same rank is nearer to it, always.
 
-M is never whole in memory: its rows are made CHUNK numbers at a time, anew for each look. Read before this file:
-arithmetic.
+A large M is never whole in memory: its rows are made CHUNK numbers at a time, anew for each look.
+Read before this file: arithmetic.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -93,6 +93,8 @@ def _sparse_sum(
         terms = list(zip(B_R.float().split(ranks, dim=1), A_R.float().split(ranks, dim=0), strict=True))
         layer_seed, start_seed = torch.randint(2**62, (2,), generator=seeds).tolist()
         M = entries(terms, density, layer_seed)
+        if B_R.shape[0] * A_R.shape[1] <= CHUNK:  # one chunk is all of it: it is made once, and kept
+            M = partial(iter, list(M()))
         updates[name] = low_rank(M, (B_R.shape[0], A_R.shape[1]), r, torch.Generator().manual_seed(start_seed))
         meant = _distance_from_rows(updates[name], M)
         layers[name] = LayerReport(updates[name].r, distance_from_sum(updates[name], B_R, A_R), meant)

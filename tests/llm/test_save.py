@@ -78,6 +78,7 @@ def test_the_small_files_go_along_and_nothing_else_does(source, weights, tmp_pat
     assert out["LICENSE"].read_text() == FILES["LICENSE"]
     assert out["README.md"].read_text() == "a card"
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in out.values()} == {0o644}
 
 
 @pytest.mark.parametrize(
