@@ -29,6 +29,8 @@ Papers, as the docstrings name them:
     [SwiGLU]  Shazeer 2020, arXiv 2002.05202         [RMSNorm] Zhang & Sennrich 2019, arXiv 1910.07467
     [Attention]      Vaswani et al. 2017, arXiv 1706.03762
     [Checkpointing]  Chen et al. 2016, arXiv 1604.06174
+    [TIES]    Yadav et al. 2023, arXiv 2306.01708    [DARE]    Yu et al. 2023, arXiv 2311.03099
+    [Halko]          Halko, Martinsson & Tropp 2011, arXiv 0909.4061
     [RoyVetterli]    Roy & Vetterli 2007, The effective rank
 """
 
