@@ -1,0 +1,34 @@
+// llama.cpp's answers: reads {"model", "lora", "prompts", "maxTokens", "stop", "probabilities"} from stdin and writes
+// {"greedy": [[...]], "probabilities": [[...]]}: for each prompt (token ids) the tokens that follow it, the most
+// probable one each time, and, if asked, the probability of every token to be the next.
+import { getLlama, LlamaLogLevel } from "node-llama-cpp";
+
+const chunks = [];
+for await (const chunk of process.stdin) chunks.push(chunk);
+const ask = JSON.parse(Buffer.concat(chunks).toString("utf8"));
+
+const llama = await getLlama({ gpu: false, build: "never", logLevel: LlamaLogLevel.error, maxThreads: 1 });
+const model = await llama.loadModel({ modelPath: ask.model });
+const lora = ask.lora ? { adapters: [{ filePath: ask.lora }] } : undefined;
+const context = await model.createContext({ contextSize: 512, lora, threads: 1 });
+const sequence = context.getSequence();
+const greedy = [], probabilities = [];
+for (const prompt of ask.prompts) {
+    if (ask.probabilities) {
+        await sequence.clearHistory();
+        const last = [prompt.at(-1), { generateNext: { probabilities: true, options: { temperature: 1, topK: 0, topP: 1, minP: 0 } } }];
+        const evaluated = await sequence.controlledEvaluate([...prompt.slice(0, -1), last]);
+        const next = new Array(ask.vocabSize).fill(0);
+        for (const [token, p] of evaluated.at(-1).next.probabilities) next[token] = p;
+        probabilities.push(next);
+    }
+    await sequence.clearHistory();
+    const tokens = [];
+    if (ask.maxTokens > 0)
+        for await (const token of sequence.evaluate(prompt, { temperature: 0 })) {
+            if (ask.stop.includes(token)) break;
+            if (tokens.push(token) >= ask.maxTokens) break;
+        }
+    greedy.push(tokens);
+}
+process.stdout.write(JSON.stringify({ greedy, probabilities }), () => process.exit(0));
