@@ -5,8 +5,8 @@
     bos, eos, unknown, padding ids     and whether llama.cpp puts bos in front by itself
     chat_template                      as it is
 
-A `tokenizer.json` does not say `pre`: it holds the cutting itself. So every name that `read_gguf.py` knows is tried, and
-that one is taken which gives the tokenizer's own ids for `PROBE`, as llama.cpp's own converter recognizes a tokenizer.
+A `tokenizer.json` does not say `pre`: it holds the cutting itself. So every name that `read_gguf.py` knows is tried,
+and that one is taken which gives the tokenizer's own ids for `PROBE`; llama.cpp's converter looks at ids, too.
 
 Read before this file: read_gguf, tokenizer.
 """

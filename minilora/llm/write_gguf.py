@@ -46,7 +46,7 @@ LARGEST_F16 = 65504.0  # and of every quantized kind, whose units are float16
 EMBEDDING = NAMES["llama"].embedding
 OUR_TENSORS = {ours: theirs for theirs, ours in TENSORS.items()}
 OUR_LAYER_TENSORS = {ours: theirs for theirs, ours in LAYER_TENSORS.items()}
-Pair = tuple[Float[ndarray, "r in"], Float[ndarray, "out r"], float]  # A, B, scaling
+Pair = tuple[Float[ndarray, "_ _"], Float[ndarray, "_ _"], float]  # A (r, in), B (out, r), scaling: each its own sizes
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,9 @@ def _misfits(pairs: Mapping[str, Pair], config: ModelConfig) -> list[str]:
         elif config.tie_word_embeddings and name in (EMBEDDING, HEAD):
             problems.append(f"{name}: embedding and head share one weight, and llama.cpp cannot adapt one of the two")
         elif A.ndim != 2 or B.ndim != 2 or (A.shape[1], *B.shape) != (layer.in_features, layer.out_features, len(A)):
-            problems.append(f"{name}: A {A.shape} and B {B.shape}, needed ({layer.in_features} in, {layer.out_features} out)")
+            problems.append(
+                f"{name}: A {A.shape} and B {B.shape}, needed ({layer.in_features} in, {layer.out_features} out)"
+            )
         elif not (np.isfinite(A).all() and np.isfinite(B).all() and math.isfinite(scaling)):
             problems.append(f"{name}: A, B or the scaling is NaN or infinite")
     return problems

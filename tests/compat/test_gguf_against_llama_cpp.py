@@ -101,9 +101,7 @@ def right(tokenizer: Tokenizer, answers, examples) -> list[bool]:
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
-def test_llama_cpp_answers_from_a_merged_file_as_our_model_does(
-    kind, adapter, examples, prompts, llama_cpp, tmp_path
-):
+def test_llama_cpp_answers_from_a_merged_file_as_our_model_does(kind, adapter, examples, prompts, llama_cpp, tmp_path):
     path = tmp_path / "merged.gguf"
     export(BASE, adapter, path, kind)
     ours, tokenizer = load_model(path)
@@ -200,7 +198,7 @@ def test_without_the_reordering_llama_cpps_probabilities_are_others(llama_cpp, b
 
 
 def test_llama_cpp_applies_adapters_of_an_embedding_and_a_head_of_their_own(llama_cpp, tmp_path):
-    ours, tokenizer = with_noise(["embed_tokens", "lm_head"], lambda base: lora_layer(base, r=8, alpha=1))
+    ours, tokenizer = with_noise(["embed_tokens", "lm_head"], lambda base: lora_layer(base, r=8, alpha=8))
     with torch.no_grad():
         for layer in adapter_layers(ours).values():
             layer.A.normal_(std=0.05)
