@@ -15,11 +15,11 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
     """
     with ExitStack() as all_at_the_end:
         for path, content in contents.items():
-            all_at_the_end.enter_context(written_whole(path)).write_bytes(content)
+            all_at_the_end.enter_context(whole_file(path)).write_bytes(content)
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; afterwards rename it to `path`, unless there was an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from minilora.files import remove_unfinished, with_sorted_metadata, write_whole, written_whole
+from minilora.files import remove_unfinished, whole_file, with_sorted_metadata, write_whole
 
 
 def test_files_are_written_with_their_folders(tmp_path):
@@ -53,7 +53,7 @@ def test_threads_that_write_one_file_do_not_meet(tmp_path):
 
 def test_an_error_while_writing_leaves_the_old_file(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(RuntimeError), written_whole(tmp_path / "a") as temporary:
+    with pytest.raises(RuntimeError), whole_file(tmp_path / "a") as temporary:
         temporary.write_bytes(b"half of the ne")
         raise RuntimeError
 

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "numpy_lora": set(),
     "cpu": set(),
     "torch_lora": {"files", "cpu"},
-    "llm": {"cpu"},
+    "llm": {"files", "cpu"},
     "qlora": {"torch_lora", "cpu", "numpy_lora.nf4"},
     "methods": {"torch_lora"},
     "train": {"files", "torch_lora", "qlora", "llm", "cpu"},

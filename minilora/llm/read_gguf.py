@@ -71,7 +71,7 @@ class GGUFModel:
         tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self._rope_factors = tensors.pop("rope_freqs.weight", None)  # not a weight: see _rope_scaling
         self._tensors = {_hf_name(name): tensor for name, tensor in tensors.items()}
-        self.tokenizer_json = _tokenizer_json(self.metadata)
+        self.tokenizer_json = tokenizer_json_of(self.metadata)
         self.tokenizer_settings = _tokenizer_settings(self.metadata)
         self.config = self._config(architecture)
 
@@ -172,7 +172,7 @@ def _rope_scaling(factors: Float[ndarray, "half"], config: Mapping[str, Any]) ->
     return {"rope_type": "llama3", **vars(scaling)}
 
 
-def _tokenizer_json(metadata: Mapping[str, Any]) -> str:
+def tokenizer_json_of(metadata: Mapping[str, Any]) -> str:
     """A tokenizer.json that splits texts as llama.cpp does."""
     if metadata.get("tokenizer.ggml.model") != "gpt2":
         raise ValueError(

@@ -33,11 +33,11 @@ class Tokenizer:
     """A vocabulary, its control tokens, and the chat template that goes with it.
 
     `bos`, `eos` and `pad` are ids, or None where the model has none; `stop_tokens` are all ids that end an answer;
-    `control_tokens` maps the text of each control token to its id.
+    `control_tokens` maps the text of each control token to its id; `settings` are what Hugging Face keeps in
+    `tokenizer_config.json`.
     """
 
     def __init__(self, tokenizer_json: str, settings: Mapping[str, Any]) -> None:
-        """`settings` is what Hugging Face keeps in `tokenizer_config.json`."""
         self._backend = tokenizers.Tokenizer.from_str(tokenizer_json)
         added = self._backend.get_added_tokens_decoder()
         self.control_tokens = {token.content: number for number, token in added.items() if token.special}
@@ -50,11 +50,17 @@ class Tokenizer:
         self.pad = self.eos if self._id("pad_token") is None else self._id("pad_token")
         ends = {self.control_tokens[text] for text in END_TOKENS if text in self.control_tokens}
         self.stop_tokens = tuple(sorted(ends if self.eos is None else ends | {self.eos}))
+        self.settings = settings
         self._template_source = settings.get("chat_template")
 
     def __len__(self) -> int:
         """Number of tokens in the vocabulary."""
         return self._backend.get_vocab_size()
+
+    @property
+    def tokenizer_json(self) -> str:
+        """What a tokenizer.json says, from which a tokenizer with the same ids can be made."""
+        return self._backend.to_str()
 
     @cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:

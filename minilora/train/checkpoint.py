@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minilora.files import remove_unfinished, written_whole
+from minilora.files import remove_unfinished, whole_file
 from minilora.train.trainer import Step
 
 
@@ -52,7 +52,7 @@ def save_checkpoint(
                 numbers.setdefault(str(index), {})[name] = value
     tensors |= {f"random/{device}": bits for device, bits in _random_states(model).items()}
     metadata = {"step": str(step), "run": json.dumps(run), "numbers": json.dumps(numbers)}
-    with written_whole(path) as temporary:
+    with whole_file(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 

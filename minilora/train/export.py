@@ -1,0 +1,99 @@
+"""A model for llama.cpp: base and adapter become one GGUF file, or the adapter alone becomes one.
+
+    export(base, adapter, "model.gguf", "Q8_0")       the merged model, in any of write_gguf.KINDS
+    export(base, adapter, "lora.gguf", "adapter")     A and B, for `llama-cli --lora` over a GGUF of the base
+    export(base, None, "base.gguf", "F16")            the base as it is
+
+Read before this file: torch_lora/peft_format, llm/write_gguf.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+
+from minilora.llm.gguf_vocabulary import vocabulary_of
+from minilora.llm.load import load_model
+from minilora.llm.model import Decoder
+from minilora.llm.write_gguf import KINDS, Pair, Written, write_adapter, write_model
+from minilora.torch_lora import load_adapter
+from minilora.torch_lora.inject import adapter_layers
+from minilora.torch_lora.layers import LoRALayer, dense_weight
+
+ADAPTER = "adapter"  # the kind that is no model
+
+
+def export(
+    base: str | Path,
+    adapter: str | Path | None,
+    out: str | Path,
+    kind: str = "F16",
+    dtype: torch.dtype = torch.float32,
+) -> Written | None:
+    """Write a model, with an adapter (a folder in PEFT's layout) merged into it, or the adapter alone, as GGUF.
+
+    The base is loaded in `dtype`; each weight is summed with its update in float32 and rounded once, to `kind`.
+
+    Raises:
+        ValueError: if the kind does not exist or cannot be had, the base or the adapter cannot be loaded, or one of
+            them cannot be told to llama.cpp; there is no file then, or the old one.
+    """
+    out = Path(out)
+    if kind != ADAPTER and kind not in KINDS:
+        raise ValueError(f"there is no kind {kind!r}; choose {ADAPTER!r}, or for a model one of {list(KINDS)}")
+    if kind == ADAPTER and adapter is None:
+        raise ValueError("no adapter was given, and an adapter alone was asked for: name its folder")
+    if out.suffix != ".gguf":
+        raise ValueError(f"{out} does not end in .gguf, by which llama.cpp and load_model know the format")
+    model, tokenizer = load_model(base, dtype=dtype)
+    if adapter is not None:
+        load_adapter(model, adapter, base_sha256=model.origin.sha256)
+    if kind == ADAPTER:
+        write_adapter(out, adapter_pairs(model), model.config, about(model))
+        return None
+    config = model.config if _is_tied(model) else replace(model.config, tie_word_embeddings=False)
+    vocabulary = vocabulary_of(tokenizer, config.vocab_size)
+    return write_model(out, lambda name: merged_weight(model, name), config, vocabulary, kind, about(model))
+
+
+def adapter_pairs(model: Decoder) -> dict[str, Pair]:
+    """A, B and the scaling of every adapter layer, by name, as plain arrays."""
+    return {
+        name: (layer.A.detach().float().cpu().numpy(), layer.B.detach().float().cpu().numpy(), float(layer.scaling))
+        for name, layer in adapter_layers(model).items()
+    }
+
+
+@torch.no_grad()
+def merged_weight(model: Decoder, name: str) -> Float[ndarray, "..."]:
+    """One weight, or bias, by its name in the base, in float32 and with its layer's update in it.
+
+        W′ = W + scaling · B A
+
+    The model is left as it is.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    base = module.base if isinstance(module, LoRALayer) else module
+    if leaf == "bias":
+        return base.bias.detach().float().cpu().numpy()
+    w = dense_weight(base, torch.float32)
+    if isinstance(module, LoRALayer) and not module.is_merged:
+        w = w + module.delta_weight().float()
+    return w.cpu().numpy()
+
+
+def about(model: Decoder) -> dict[str, str]:
+    """Name, licence and attribution of the base, which a file made from it keeps."""
+    organization, _, name = model.origin.name.rpartition("/")
+    origin = model.origin
+    told = {"name": name, "organization": organization, "license": origin.license, "description": origin.attribution}
+    return {key: value for key, value in told.items() if value}
+
+
+def _is_tied(model: Decoder) -> bool:
+    """Whether embedding and head are still one weight: an adapter on either makes them two."""
+    adapted = adapter_layers(model)
+    return model.config.tie_word_embeddings and not adapted.keys() & {"model.embed_tokens", "lm_head"}
