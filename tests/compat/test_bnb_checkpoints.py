@@ -158,6 +158,7 @@ def test_our_folder_gives_them_the_weights_that_we_have(tmp_path, case):
     assert_equal(our_weights(model), our_weights(load_4_bit(tmp_path / "ours")[0]))
     written = json.loads((tmp_path / "ours/config.json").read_text())["quantization_config"]
     assert (written["bnb_4bit_quant_type"], written["bnb_4bit_use_double_quant"]) == (case.kind, case.double)
+    assert getattr(torch, written["bnb_4bit_quant_storage"]) == case.storage
 
 
 def test_logits_are_theirs(tmp_path):

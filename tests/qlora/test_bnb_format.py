@@ -80,6 +80,12 @@ def test_what_bitsandbytes_has_no_name_for_is_not_written():
         weight_tensors(NAME, quantize(torch.randn(4, 64)), torch.float64)
 
 
+def test_half_a_weight_is_not_written():
+    good = quantize(torch.randn(4, 64))
+    with pytest.raises(ValueError, match="needs .* this one has .*: load it again"):
+        weight_tensors(NAME, Quantized(good.packed[:-1], good.absmax, NF4, 64, (4, 64)), torch.bfloat16)
+
+
 def test_another_codebook_is_taken_from_the_file():
     tensors = tensors_of()
     tensors[NAME + ".quant_map"] = tensors[NAME + ".quant_map"].flip(0)
