@@ -152,7 +152,10 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     if config.get("mlp_bias"):
         problems.append("mlp_bias is true; the MLP here has no biases")
     if config.get("quantization_config"):
-        problems.append("quantization_config is set; load the original weights and quantize them here")
+        problems.append(
+            "quantization_config is set; load the original weights and quantize them here, "
+            "or bitsandbytes' 4 bits as they are, with minilora.train.bnb_folder"
+        )
     if config.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append("partial_rotary_factor is not 1; here every feature of a head is rotated")
     rope_type = _rope_type(_rope(config))

@@ -104,7 +104,7 @@ def _from_folder(
     folder: Path, dtype: torch.dtype, device: torch.device | str, origin: Origin | None = None
 ) -> tuple[Decoder, Tokenizer]:
     config = read_json(folder / "config.json")
-    files = _weight_files(folder)
+    files = weight_files(folder)
     origin = origin or Origin(name=folder.resolve().name, files=tuple(files))
     model = _filled(ModelConfig.from_hf(config), origin, _from_safetensors(files), dtype, device)
     return model, load_tokenizer(folder)
@@ -132,8 +132,12 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
         raise RuntimeError(f"{name!r} is no folder here, and the hub did not give it: {error}") from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those that its index names."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or those that its index names.
+
+    Raises:
+        ValueError: if there are none, or the index names files elsewhere.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         if not (folder / "model.safetensors").exists():
@@ -182,9 +186,19 @@ def _filled(
     """A decoder with these weights in it, all of them, and nothing else."""
     with torch.device("meta"):
         model = Decoder(config, origin)
-    wanted = {name: tuple(slot.shape) for name, slot in model.state_dict().items()}
-    _check_fit(wanted, weights, is_tied=config.tie_word_embeddings)
-    if config.tie_word_embeddings:
+    return fill(model, weights, dtype, device)
+
+
+def fill(model: Decoder, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+    """Put weights into every place of a decoder that is on the "meta" device: all of them, and nothing else.
+
+    Raises:
+        ValueError: with all that does not fit, or the name of a weight that is not finite.
+    """
+    is_tied = model.config.tie_word_embeddings
+    wanted = {name: tuple(slot.shape) for name, slot in model.state_dict().items() if slot.is_meta}
+    _check_fit(wanted, weights, is_tied=is_tied)
+    if is_tied:
         del wanted[HEAD]  # tie_head fills it
     state = {name: _checked(name, weights.read(name).to(device=device, dtype=dtype)) for name in wanted}
     model.load_state_dict(state, assign=True, strict=False)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minilora.qlora import fast
-from minilora.qlora.blockwise import NestedAbsmax, Quantized
+from minilora.qlora.blockwise import NestedAbsmax, Quantized, check_complete
 from minilora.qlora.codebooks import NF4, Codebook
 from minilora.torch_lora.layers import LoRALayer, LoRALinear
 
@@ -54,9 +54,29 @@ class NF4Linear(nn.Module):
             wrapped = isinstance(linear, LoRALayer)
             hint = "take its adapter off first" if wrapped else "only the weight of an nn.Linear is quantized"
             raise TypeError(f"NF4Linear is made from an nn.Linear; this is a {type(linear).__name__}: {hint}")
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.codebook, self.block_size = codebook, block_size
-        quantized = fast.quantize(linear.weight, codebook, block_size, double=double)
+        self._hold(fast.quantize(linear.weight, codebook, block_size, double=double))
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    @staticmethod
+    def holding(quantized: Quantized, bias: Float[Tensor, "out"] | None = None) -> "NF4Linear":
+        """Make a layer of a weight that is in 4 bits already, such as one from a file: nothing is quantized.
+
+        Raises:
+            ValueError: if parts of the weight are missing, or it is no matrix, or the bias is of another length.
+        """
+        check_complete(quantized)
+        if len(quantized.shape) != 2 or (bias is not None and len(bias) != quantized.shape[0]):
+            what = f"{quantized.shape} and a bias of {None if bias is None else len(bias)}"
+            raise ValueError(f"no linear layer has a weight of shape {what}: (out, in) and out are needed")
+        layer = NF4Linear.__new__(NF4Linear)
+        nn.Module.__init__(layer)
+        layer._hold(quantized)
+        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    def _hold(self, quantized: Quantized) -> None:
+        self.out_features, self.in_features = quantized.shape
+        self.codebook, self.block_size = quantized.codebook, quantized.block_size
         absmax = quantized.absmax
         nested = absmax if isinstance(absmax, NestedAbsmax) else None
         units = absmax.absmax if isinstance(absmax, NestedAbsmax) else absmax
@@ -65,7 +85,6 @@ class NF4Linear(nn.Module):
         self.register_buffer("absmax_codes", nested.codes if nested else None)
         self.register_buffer("offset_bits", nested.offset.view(torch.int32) if nested else None)
         self._made: tuple[list[int], Quantized] | None = None  # where its buffers lay, and `quantized`
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     @property
     def quantized(self) -> Quantized:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from minilora.cpu import Linear
+from minilora.torch_lora.adapted_weight import AdaptedWeight
 from minilora.torch_lora.autograd import lora_linear
 from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.replaced import KEPT, freeze
@@ -232,6 +233,22 @@ class LoRALinear(LoRALayer):
         if not isinstance(self.base, StoresNoFloats):
             weight = self.base.weight.T if self.stores_in_by_out else self.base.weight
         return lora_linear(x, self.A, self.B, self.scaling, self.base, weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """W + ΔW, for models that read it instead of calling the layer: adapted_weight tells of them."""
+        if self.is_merged:
+            return self.base.weight
+        if isinstance(self.base, StoresNoFloats):
+            shape = torch.Size((len(self.B), self.A.shape[1]))
+            return AdaptedWeight.of(self.A, shape, lambda: self._summed_weight(self.A.dtype))
+        W = self.base.weight
+        return AdaptedWeight.of(W, W.shape, lambda: self._summed_weight(W.dtype))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, or None."""
+        return self.base.bias
 
     @staticmethod
     def accepts(base: nn.Module) -> bool:
