@@ -164,6 +164,38 @@ def _chat(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--adapter", required=True, metavar="FOLDER", help="in PEFT's layout")
+    add("--out", required=True, metavar="FOLDER", help="for the model, in Hugging Face's layout")
+    add("--base", default="smollm2-135m", metavar="MODEL", help="a name, or a folder (default %(default)s)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the merged weights (default %(default)s)")
+    add("--method", choices=("lora", "qlora"), default="lora", help="what the adapter was trained over (default lora)")
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from minilora.train.merge import run
+
+    return run(args)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    kinds = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "adapter")
+    add("--out", required=True, metavar="FILE", help="the .gguf file to write")
+    add("--adapter", metavar="FOLDER", help="in PEFT's layout; without it the base alone is written")
+    add("--base", default="smollm2-135m", metavar="MODEL", help="a name, or a folder (default %(default)s)")
+    add(
+        "--kind", choices=kinds, default="F16", help="of the merged weights; or the adapter alone (default %(default)s)"
+    )
+
+
+def _export(args: argparse.Namespace) -> int:
+    from minilora.train.export import run
+
+    return run(args)
+
+
 def _size_arguments(parser: argparse.ArgumentParser) -> None:
     from minilora.llm.size_report import add_size_arguments
 
@@ -222,6 +254,18 @@ COMMANDS = {
         example="minilora chat --adapter runs/mine",
         add_arguments=_chat_arguments,
         run=_chat,
+    ),
+    "merge": Command(
+        does="fold an adapter into its base: a model folder, and what rounding took",
+        example="minilora merge --adapter runs/mine --out runs/merged",
+        add_arguments=_merge_arguments,
+        run=_merge,
+    ),
+    "export": Command(
+        does="a GGUF file for llama.cpp: the merged model, or the adapter alone",
+        example="minilora export --adapter runs/mine --out mine.gguf --kind Q8_0",
+        add_arguments=_export_arguments,
+        run=_export,
     ),
     "size": Command(
         does="parameters, adapter file and training memory of a model, without its weights",

@@ -101,7 +101,7 @@ def test_the_version_is_the_package_s(capsys):
         (["siz"], "no command is named 'siz'; did you mean size?"),
         (
             ["xyzzy"],
-            "no command is named 'xyzzy'; the commands are demo, check, train, resume, eval, chat, size, doctor",
+            "no command is named 'xyzzy'; the commands are demo, check, train, resume, eval, chat, merge, export,",
         ),
         (["size", "gpt2", "--rank", "3"], "unrecognized arguments: --rank 3; `minilora size --help` tells the options"),
         (

@@ -94,7 +94,7 @@ def model_folder(name_or_path: str | Path, *, weights: bool = True) -> Path:
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype that holds all numbers of a model folder's weights as they are stored."""
     dtypes = set()
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             dtypes |= {FLOATS[file.get_slice(name).get_dtype()] for name in file.keys()}  # noqa: SIM118
     return functools.reduce(torch.promote_types, dtypes)

@@ -7,6 +7,7 @@
 Read before this file: torch_lora/peft_format, llm/write_gguf.
 """
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,19 @@ from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.layers import LoRALayer, dense_weight
 
 ADAPTER = "adapter"  # the kind that is no model
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export as the options of cli say: `base`, `adapter`, `out` and `kind`.
+
+    Raises:
+        ValueError: as export.
+    """
+    written = export(args.base, args.adapter, args.out, args.kind)
+    if written is not None:
+        print(written)
+    print(f"{args.kind}  {args.out}")
+    return 0
 
 
 def export(
