@@ -225,7 +225,7 @@ def test_equal_strengths_leave_every_bit_of_a_and_b(tmp_path):
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
 def test_llama_cpps_update_is_every_layers_own(tmp_path, qkv_bias):
-    """alpha / r · B A with each layer's r, for several ranks and scalings, one an rsLoRA's; rows in llama.cpp's order."""
+    """alpha / r · B A with each layer's r: several ranks and scalings, one an rsLoRA's; rows in llama.cpp's order."""
     config = tiny_config(qkv_bias=qkv_bias)
     k_proj, v_proj = (Q_PROJ.replace("q_proj", name) for name in ("k_proj", "v_proj"))
     settings = {UP_PROJ: (2, 4.0), Q_PROJ: (4, 0.3), k_proj: (8, 5 / 8**0.5), v_proj: (3, 0.0)}
