@@ -88,7 +88,9 @@ def test_a_way_to_cut_that_is_not_known_is_refused():
     steps = [pre_tokenizers.Split(Regex("."), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     tokenizer = Tokenizer(hugging_face(pre_tokenizers.Sequence(steps)).to_str(), {})
 
-    with pytest.raises(ValueError, match="cuts texts in none of the ways known here .* use llama.cpp's own converter"):
+    with pytest.raises(
+        ValueError, match=r"cuts texts in none of the ways known here .* use llama\.cpp's own converter"
+    ):
         vocabulary_of(tokenizer, 300)
 
 
