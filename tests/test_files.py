@@ -1,4 +1,4 @@
-"""write_whole: all files or none, and nothing left behind."""
+"""whole_file and write_whole: all files or none, and nothing left behind."""
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minilora.files import write_whole
+from minilora.files import whole_file, write_whole
 
 
 def test_files_are_written_with_their_folders(tmp_path):
@@ -47,3 +47,13 @@ def test_threads_that_write_one_file_do_not_meet(tmp_path):
 
     assert path.read_bytes() in texts
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_that_is_not_finished_leaves_the_old_one(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="half-way"), whole_file(tmp_path / "a") as unfinished:
+        unfinished.write_bytes(b"ne")
+        raise RuntimeError("half-way")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"

@@ -124,7 +124,7 @@ def write_adapter(
         alpha = scaling · r          of most layers, whose B is written as it is (but for the order of its rows)
         B ← B · scaling · r / alpha  of the others
 
-    so that alpha / r · B A is every layer's update: with alpha / √r [rsLoRA] section 3 and with settings by layer,
+    so that alpha / r · B A is every layer's update: with alpha / √r of [rsLoRA] and with settings by layer,
     too. Everything is float32.
 
     Raises:
