@@ -56,7 +56,7 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         tokens[number], kinds[number] = text, NORMAL
     for added in parts["added_tokens"]:
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    vocabulary = {
+    vocabulary: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
@@ -64,11 +64,11 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.ggml.add_bos_token": _puts_bos_first(tokenizer, backend),
     }
-    names = {name: tokenizer.settings.get(name) for name in SPECIAL_IDS}
-    for name, value in names.items():
-        number = texts.get(value["content"] if isinstance(value, Mapping) else value)
-        if number is not None:
-            vocabulary[f"tokenizer.ggml.{SPECIAL_IDS[name]}_token_id"] = number
+    for name, key in SPECIAL_IDS.items():
+        given = tokenizer.settings.get(name)
+        marker = given["content"] if isinstance(given, Mapping) else given
+        if marker in texts:
+            vocabulary[f"tokenizer.ggml.{key}_token_id"] = texts[marker]
     if tokenizer.settings.get("chat_template"):
         vocabulary["tokenizer.chat_template"] = tokenizer.settings["chat_template"]
     return vocabulary | {"tokenizer.ggml.pre": _name_of_cutting(backend, vocabulary)}

@@ -94,9 +94,10 @@ def write_model(
     kinds = {name: _kind_of(name, shape, kind, config) for name, shape in shapes.items()}
     extra = {} if config.rope_scaling is None else {"rope_freqs.weight": _rope_factors(config)}
     with whole_file(path) as unfinished, _writer(unfinished, config) as writer:
-        metadata = {"general.type": "model"} | {f"general.{key}": value for key, value in (about or {}).items()}
-        metadata |= {"general.file_type": int(KINDS[kind]), "general.quantization_version": gguf.GGML_QUANT_VERSION}
-        _add_metadata(writer, metadata | _hyperparameters(config) | vocabulary)
+        told: dict[str, Any] = {"type": "model", **(about or {})}
+        told |= {"file_type": int(KINDS[kind]), "quantization_version": gguf.GGML_QUANT_VERSION}
+        general = {f"general.{key}": value for key, value in told.items()}
+        _add_metadata(writer, {**general, **_hyperparameters(config), **vocabulary})
         for name, factors in extra.items():
             _announce(writer, name, factors.shape, "F32")
         for name, shape in shapes.items():
@@ -123,7 +124,7 @@ def write_adapter(
         alpha = scaling · r          of most layers, whose B is written as it is (but for the order of its rows)
         B ← B · scaling · r / alpha  of the others
 
-    so that alpha / r · B A is every layer's update: with alpha / √r [rsLoRA] section 3 and with settings by layer,
+    so that alpha / r · B A is every layer's update: with alpha / √r of [rsLoRA] and with settings by layer,
     too. Everything is float32.
 
     Raises:

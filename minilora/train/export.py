@@ -10,6 +10,7 @@ Read before this file: torch_lora/peft_format, llm/write_gguf.
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -90,7 +91,7 @@ def merged_weight(model: Decoder, name: str) -> Float[ndarray, "..."]:
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    base = module.base if isinstance(module, LoRALayer) else module
+    base: Any = module.base if isinstance(module, LoRALayer) else module
     if leaf == "bias":
         return base.bias.detach().float().cpu().numpy()
     w = dense_weight(base, torch.float32)
