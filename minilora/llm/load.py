@@ -9,7 +9,6 @@ A model is built without memory (torch's "meta" device) and each weight is put i
 in the file and the system pages them in; for another dtype one tensor after the other is converted.
 """
 
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from minilora.llm.tokenizer import Tokenizer, load_tokenizer, read_json
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SMALL_FILES = ["config.json", "tokenizer*.json", "chat_template.jinja"]  # of a hub's model
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DERIVED = ".rotary_emb.inv_freq"  # in some older checkpoints; computed from the config
 
@@ -89,15 +88,6 @@ def model_folder(name_or_path: str | Path, *, weights: bool = True) -> Path:
         f"there is no model {str(name_or_path)!r}: give {smollm2.NAME!r}, a folder with safetensors, a .gguf file, "
         "or a hub name such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"
     )
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that holds all numbers of a model folder's weights as they are stored."""
-    dtypes = set()
-    for path in _weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            dtypes |= {FLOATS[file.get_slice(name).get_dtype()] for name in file.keys()}  # noqa: SIM118
-    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _from_folder(
