@@ -7,20 +7,29 @@ Read before: torch_lora/merging, llm/save.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from minilora.llm.load import load_model, model_folder, stored_dtype
+from minilora.llm.load import load_model, model_folder
 from minilora.llm.model import Origin
 from minilora.llm.save import refuse_taken, save_model
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import load_adapter, lora_layer
 from minilora.torch_lora.merging import MergeReport, merged_state, warn_if_erased
 
+STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}  # safetensors' names
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 METHODS: Mapping[str, Callable[..., nn.Module]] = {"lora": lora_layer, "qlora": QLoRALinear}
 
@@ -59,6 +68,19 @@ def merge_to_folder(
     save_model(out, folder, weights, lambda: card(out.name, model.origin, adapter.resolve().name, report))
     warn_if_erased(report)
     return report
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The narrowest dtype that holds all floats of a model folder as they are stored.
+
+    A file that cannot be read is passed over: load_model tells what is wrong with it.
+    """
+    dtypes = set()
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:
+            names = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            dtypes |= {STORED[name] for name in names & STORED.keys()}
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def card(name: str, origin: Origin, adapter: str, report: MergeReport) -> str:

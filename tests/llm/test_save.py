@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_decoder import tiny_config
 
 from minilora.llm import Decoder, load_model, save
-from minilora.llm.load import stored_dtype
 from minilora.llm.save import save_model
 
 CONFIG = {
@@ -144,13 +143,3 @@ def test_a_shard_is_written_as_soon_as_it_is_full(source, tmp_path, monkeypatch)
 
     save_model(tmp_path / "out", source, made(), lambda: "")
     assert alive == [0, 0, 1, 2, 3, 4]
-
-
-def test_the_stored_dtype_is_the_one_that_holds_all_numbers(tmp_path):
-    for dtypes, widest in [
-        ((torch.bfloat16, torch.bfloat16), torch.bfloat16),
-        ((torch.float16, torch.bfloat16), torch.float32),
-        ((torch.float32, torch.float16), torch.float32),
-    ]:
-        save_file({str(i): torch.zeros(2, dtype=d) for i, d in enumerate(dtypes)}, tmp_path / "model.safetensors")
-        assert stored_dtype(tmp_path) == widest

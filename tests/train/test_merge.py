@@ -16,7 +16,7 @@ from minilora.torch_lora import inject, lora_layer, save_adapter
 from minilora.torch_lora.arithmetic import Distance
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.merging import LayerMerge, MergeReport
-from minilora.train.merge import card, merge_to_folder, run
+from minilora.train.merge import card, merge_to_folder, run, stored_dtype
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -123,3 +123,20 @@ def test_refusals_leave_nothing_behind(base, tmp_path):
         run(options(base, tmp_path / "nowhere", tmp_path / "out"))
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_the_stored_dtype_is_the_one_that_holds_all_numbers(tmp_path):
+    for dtypes, widest in [
+        ((torch.bfloat16, torch.bfloat16), torch.bfloat16),
+        ((torch.float16, torch.bfloat16), torch.float32),
+        ((torch.float32, torch.float16), torch.float32),
+    ]:
+        save_file({str(i): torch.zeros(2, dtype=d) for i, d in enumerate(dtypes)}, tmp_path / "model.safetensors")
+        assert stored_dtype(tmp_path) == widest
+
+
+def test_a_damaged_base_is_told_of_as_when_it_is_loaded(base, tmp_path):
+    adapter_for(base, tmp_path / "adapter", ["q_proj"])
+    (base / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        run(options(base, tmp_path / "adapter", tmp_path / "out"))
