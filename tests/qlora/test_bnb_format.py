@@ -82,7 +82,7 @@ def test_what_bitsandbytes_has_no_name_for_is_not_written():
 
 def test_half_a_weight_is_not_written():
     good = quantize(torch.randn(4, 64))
-    with pytest.raises(ValueError, match="needs .* this one has .*: load it again"):
+    with pytest.raises(ValueError, match=r"needs .* this one has .*: load it again"):
         weight_tensors(NAME, Quantized(good.packed[:-1], good.absmax, NF4, 64, (4, 64)), torch.bfloat16)
 
 
