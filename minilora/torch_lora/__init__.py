@@ -4,6 +4,7 @@ from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.inject import count_parameters, inject, match_targets, remove, train_biases, train_modules
 from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALinear, merged
 from minilora.torch_lora.peft_format import load_adapter, lora_layer, save_adapter
+from minilora.torch_lora.targets import default_targets
 
 __all__ = [
     "LoRAConfig",
@@ -11,6 +12,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "count_parameters",
+    "default_targets",
     "inject",
     "load_adapter",
     "lora_layer",
