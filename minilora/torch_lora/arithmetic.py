@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from minilora.torch_lora.inject import InjectReport, adapter_layers, inject
 from minilora.torch_lora.layers import kind_of
 from minilora.torch_lora.peft_format import lora_layer
+from minilora.torch_lora.replaced import replaced_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +130,11 @@ def updates_of(model: nn.Module) -> dict[str, Update]:
         raise ValueError(
             f"{len(odd)} layers hold more than A and B, the first is {name} with {tensors}: their update is not "
             "scaling · B A, so no sum of them is defined here; merge such an adapter into the base instead"
+        )
+    if replaced := replaced_tensors(model):
+        raise ValueError(
+            f"this adapter also replaces {len(replaced)} tensors of the base, such as {min(replaced)}: no sum of those "
+            "is defined here; merge such an adapter into the base instead"
         )
     return {name: Update(y.A.detach().clone(), y.B.detach().clone(), y.scaling) for name, y in layers.items()}
 

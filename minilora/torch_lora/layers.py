@@ -177,7 +177,7 @@ class LoRALayer(nn.Module):
         if isinstance(self.base, StoresNoFloats):
             return self._fused_linear(dtype or torch.float32)
         weight = self.base.weight
-        new_weight = weight.detach().clone() if self.is_merged else self._summed_weight(weight.dtype)
+        new_weight = weight.detach().clone() if self.is_merged else self._summed_weight(dtype or weight.dtype)
         # deepcopy takes what its memo holds for an object instead of copying it: the old weight is never duplicated
         layer = copy.deepcopy(self.base, {id(weight): nn.Parameter(new_weight, requires_grad=False)})
         vars(layer).pop(KEPT, None)  # the new layer has no adapter, so nothing to give back

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from minilora.torch_lora.arithmetic import Distance, overall
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.layers import LoRALayer, StoresNoFloats, dense_weight
+from minilora.torch_lora.replaced import keep_for_good
 
 ERASED = 0.5  # an error, in units of the adapter's effect: see above
 CHUNK = 1 << 20  # numbers that are summed in float64 at once
@@ -91,6 +92,7 @@ def merge_model(model: nn.Module, dtype: torch.dtype | None = None) -> MergeRepo
     """
     stored_as = "each base's dtype" if dtype is None else str(dtype).removeprefix("torch.")
     report = MergeReport(stored_as, fold_layers(model, dtype))
+    keep_for_good(model)
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -136,7 +138,7 @@ def merged_state(model: nn.Module, dtype: torch.dtype, report: MergeReport) -> I
             continue
         own = module.base if isinstance(module, LoRALayer) else module
         if isinstance(module, LoRALayer):
-            weight, report.layers[name] = _merged_weight(module, dtype)
+            weight, report.layers[name] = merged_weight(module, dtype)
             yield f"{name}.weight", weight
             del weight  # before the next one is made
         elif isinstance(module, StoresNoFloats):
@@ -176,7 +178,7 @@ def measure(
 
 def _fold(layer: LoRALayer, dtype: torch.dtype | None, store: Store | None) -> tuple[nn.Module, LayerMerge]:
     base = layer.base
-    weight, report = _merged_weight(layer, dtype)
+    weight, report = merged_weight(layer, dtype)
     if isinstance(base, StoresNoFloats) or store is not None:
         bias = base.bias
         linear = nn.Linear(base.in_features, base.out_features, bias=bias is not None, device="meta")
@@ -191,7 +193,8 @@ def _fold(layer: LoRALayer, dtype: torch.dtype | None, store: Store | None) -> t
     return base, report
 
 
-def _merged_weight(layer: LoRALayer, dtype: torch.dtype | None) -> tuple[Tensor, LayerMerge]:
+def merged_weight(layer: LoRALayer, dtype: torch.dtype | None) -> tuple[Tensor, LayerMerge]:
+    """Give W + ΔW rounded once, in the dtype or in the base's own, and what the rounding took; the layer stays."""
     W, delta = _own_weight(layer), layer.delta_weight().detach()
     made = torch.empty_like(W, dtype=dtype or W.dtype)
     for rows, wanted in _sums(W, delta):

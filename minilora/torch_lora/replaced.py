@@ -52,6 +52,14 @@ def freeze(model: nn.Module) -> None:
         tensor.requires_grad_(True)
 
 
+def keep_for_good(model: nn.Module) -> None:
+    """Let what replaced something belong to the model from now on, frozen; what was there is forgotten."""
+    for tensor in replaced_tensors(model).values():
+        tensor.requires_grad_(False)
+    for module in model.modules():
+        vars(module).pop(KEPT, None)
+
+
 def give_back(model: nn.Module) -> None:
     """Put every kept tensor back: the same object, or, where the model was moved since, its copy there."""
     for module in model.modules():

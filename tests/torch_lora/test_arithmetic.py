@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from minilora.qlora import NF4Linear, QLoRALinear
-from minilora.torch_lora import LoRALinear, inject, load_adapter, lora_layer, merged, remove, save_adapter
+from minilora.torch_lora import LoRALinear, inject, load_adapter, lora_layer, merged, remove, save_adapter, train_biases
 from minilora.torch_lora.arithmetic import Distance, Update, cat, linear, set_updates, svd, updates_of
 from minilora.torch_lora.inject import adapter_layers
 
@@ -320,4 +320,12 @@ def test_an_adapter_that_is_more_than_a_and_b_is_refused():
     model = Model()
     inject(model, ["q_proj"], lambda base: Scaled(base, r=2, alpha=3))
     with pytest.raises(ValueError, match=r"q_proj with \['A', 'B', 'magnitude'\]"):
+        updates_of(model)
+
+
+def test_an_adapter_that_replaces_tensors_of_the_base_is_refused():
+    model = nn.Sequential(nn.Linear(4, 3))
+    inject(model, ["0"], lambda base: LoRALinear(base, r=2, alpha=2))
+    train_biases(model)
+    with pytest.raises(ValueError, match=r"also replaces 1 tensors of the base, such as 0\.base\.bias: no sum"):
         updates_of(model)

@@ -15,6 +15,7 @@ from minilora.torch_lora import merging as module
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.layers import dense_weight
 from minilora.torch_lora.merging import MergeReport, measure, merge_model, merged_state
+from minilora.torch_lora.replaced import replace_tensors, replaced_tensors
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -279,3 +280,25 @@ def test_only_one_merged_weight_exists_at_a_time():
 
     assert names.index("up.weight") > names.index("embed.weight")
     assert counts == [0] * len(names)
+
+
+def test_what_an_adapter_replaced_stays_and_is_the_models_own():
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    inject(model, ["0"], lambda base: LoRALinear(base, r=2, alpha=2))
+    replace_tensors(model, {"0.base.bias": torch.full((3,), 5.0)}, trainable=True)
+    nn.init.normal_(model[0].B)
+    x = torch.randn(2, 4)
+    before = model(x)
+    merge_model(model)
+
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-5)  # float32, the same sum in another order
+    assert model[0].bias.tolist() == [5.0] * 3
+    assert not replaced_tensors(model) and not model[0].bias.requires_grad
+
+
+def test_fused_into_float32_rounds_nothing_to_the_bases_bfloat16():
+    layer = LoRALinear(nn.Linear(16, 16).bfloat16(), r=2, alpha=2)
+    nn.init.normal_(layer.B)
+    exact = layer.base.weight.float() + layer.delta_weight()
+
+    assert torch.equal(layer.fused(torch.float32).weight, exact)
