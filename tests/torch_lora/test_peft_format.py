@@ -234,6 +234,14 @@ def test_a_file_with_values_that_are_not_finite_is_refused(saved, bad):
         load_adapter(Model(), saved)
 
 
+@pytest.mark.parametrize("value", [1e39, -1e300])
+def test_a_value_that_is_infinite_in_float32_is_refused(saved, value):
+    edit_tensors(saved, lambda tensors: tensors.update({Q_A: torch.full((2, 8), value, dtype=torch.float64)}))
+
+    with pytest.raises(ValueError, match=f"{Q_A}: not finite floats"):
+        load_adapter(Model(), saved)
+
+
 def test_an_empty_adapter_is_refused(saved):
     edit_tensors(saved, dict.clear)
 
