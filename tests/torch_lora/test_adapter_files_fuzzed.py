@@ -317,6 +317,7 @@ def check_loaded_exactly(model: Model, tensors: dict[str, torch.Tensor], text: s
         else:
             [place] = in_model(model, {name.replace(".base_layer.", "."): tensor})
             there = model.state_dict()[place]
+        assert torch.isfinite(there).all(), f"{text}\n{key} became infinite"
         assert torch.equal(there.detach(), tensor.to(there.dtype)), f"{text}\n{key} was not loaded as it stands"
 
 

@@ -234,6 +234,22 @@ def test_a_file_with_values_that_are_not_finite_is_refused(saved, bad):
         load_adapter(Model(), saved)
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 1), (2,), (0, 8, 2), ()])
+def test_a_matrix_that_is_none_is_told_by_its_shape(saved, shape):
+    edit_tensors(saved, lambda tensors: tensors.update({Q_A: torch.zeros(shape)}))
+
+    with pytest.raises(ValueError, match=re.escape(f"{Q_A}: shape {shape}, the model has (2, 8)")):
+        load_adapter(Model(), saved)
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300])
+def test_a_value_that_is_infinite_in_float32_is_refused(saved, value):
+    edit_tensors(saved, lambda tensors: tensors.update({Q_A: torch.full((2, 8), value, dtype=torch.float64)}))
+
+    with pytest.raises(ValueError, match=f"{Q_A}: not finite floats"):
+        load_adapter(Model(), saved)
+
+
 def test_an_empty_adapter_is_refused(saved):
     edit_tensors(saved, dict.clear)
 
