@@ -112,7 +112,23 @@ def _train(args: argparse.Namespace) -> int:
     from minilora.train.command import run
 
     _, free = memory_bytes()
-    return run(args, free)
+    code = run(args, free)
+    _draw(args.out)
+    return code
+
+
+def _draw(folder: str) -> None:
+    """Leave a picture of a training beside its metrics, where matplotlib is installed."""
+    from pathlib import Path
+
+    try:
+        from minilora.classroom.training_curve import draw
+    except ImportError as error:
+        print(f"no picture of it: {error}")
+        return
+    picture = draw(Path(folder))
+    if picture is not None:
+        print(f"picture  {picture}")
 
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +144,9 @@ def _resume(args: argparse.Namespace) -> int:
     parser = Parser(prog="minilora train", allow_abbrev=False)
     _train_arguments(parser)
     _, free = memory_bytes()
-    return run(parser.parse_args(words_of(Path(args.folder))), free, resume=True)
+    code = run(parser.parse_args(words_of(Path(args.folder))), free, resume=True)
+    _draw(args.folder)
+    return code
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:

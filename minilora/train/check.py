@@ -53,7 +53,7 @@ class DataReport:
         told = sorted(self.problems, key=lambda problem: problem.line)
         by_text = defaultdict(list)
         for problem in told:
-            by_text[problem.text].append(problem.line)
+            by_text[problem.text].append(f"{problem.line} ({problem.other})" if problem.other else str(problem.line))
         lines += [f"problem   {_lines(numbers)}: {text}" for text, numbers in by_text.items()]
         return "\n".join([*lines, "no problem found" if not told else f"{len(told):,} problems found"])
 
@@ -152,16 +152,17 @@ def _twice(samples: Iterable[Sample]) -> list[Problem]:
     for sample in samples:
         before = first.setdefault(tuple(sample.tokens), sample)
         if before is not sample:
-            problems.append(Problem(number_of(sample), f"the same as {before.name}: its weight in training is doubled"))
+            text = "the same as an earlier line (its number in brackets), whose weight in training grows"
+            problems.append(Problem(number_of(sample), text, number_of(before)))
     return problems
 
 
 def _leaked(samples: Iterable[Sample], test: Iterable[Sample], against: Path) -> list[Problem]:
-    asked = {_question(sample): sample for sample in test}
+    asked = {_question(sample): number_of(sample) for sample in test}
     return [
-        Problem(number_of(sample), f"its question is asked in {against} too ({asked[_question(sample)].name})")
+        Problem(number_of(sample), f"its question is asked in {against} too (there: number in brackets)", number)
         for sample in samples
-        if _question(sample) in asked
+        if (number := asked.get(_question(sample)))
     ]
 
 
@@ -170,7 +171,7 @@ def _question(sample: Sample) -> tuple[int, ...]:
     return tuple(sample.tokens[:first_answer])
 
 
-def _lines(numbers: Sequence[int]) -> str:
-    told = ", ".join(map(str, numbers[:MOST_TOLD]))
+def _lines(numbers: Sequence[str]) -> str:
+    told = ", ".join(numbers[:MOST_TOLD])
     more = f" and {len(numbers) - MOST_TOLD:,} more" if len(numbers) > MOST_TOLD else ""
     return f"line{'s' * (len(numbers) > 1)} {told}{more}"

@@ -32,6 +32,7 @@ class Problem:
 
     line: int  # from 1
     text: str
+    other: int | None = None  # a line that it has to do with
 
     def __str__(self) -> str:
         return f"line {self.line}: {self.text}"

@@ -51,12 +51,12 @@ def test_every_kind_of_problem_is_told_with_its_lines(tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     problems = [line.removeprefix("problem   ") for line in out if line.startswith("problem")]
     assert [problem.split(":")[0] for problem in problems] == [
-        "line 2", "lines 3, 8", "line 4", "line 5", "line 6", "line 7",
+        "line 2", "lines 3 (1), 8 (1)", "line 4", "line 5", "line 6 (1)", "line 7",
     ]  # fmt: skip
     for problem, told in zip(
         problems,
-        ["Expecting property name", "the same as line 1", "an empty answer", "more than 60 tokens",
-         f"its question is asked in {test} too (line 1)", "its answer has the letters <|im_end|>"],
+        ["Expecting property name", "the same as an earlier line", "an empty answer", "more than 60 tokens",
+         f"its question is asked in {test} too", "its answer has the letters <|im_end|>"],
         strict=True,
     ):  # fmt: skip
         assert told in problem
