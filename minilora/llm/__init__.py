@@ -4,7 +4,7 @@
     load        name, folder or file → model, tokenizer   generation   logits → tokens: greedy, sampled, in batches
     tokenizer   text ↔ ids                                chat         somebody else's chat template, run safely
     smollm2     the model that comes with minilora        read_gguf    llama.cpp's files, read
-    sizes       parameters and bytes, without weights       write_gguf   models and adapters for llama.cpp, written
+    sizes       parameters and bytes, without weights     write_gguf   models and adapters for llama.cpp, written
 
 Read config, model and generation first; everything else brings them weights and words.
 """

@@ -44,6 +44,8 @@ FLOAT_KINDS = ("F32", "F16", "BF16")
 LARGEST = {"F32": float(np.finfo(np.float32).max), "BF16": float.fromhex("0x1.fep127")}
 LARGEST_F16 = 65504.0  # and of every quantized kind, whose units are float16
 EMBEDDING = NAMES["llama"].embedding
+# Tried: over a tied embedding llama.cpp aborts (a failed GGML_ASSERT), for a tied head it knows no tensor.
+TIED = "embedding and head share one weight, and llama.cpp cannot adapt one of the two: write the merged model instead"
 OUR_TENSORS = {ours: theirs for theirs, ours in TENSORS.items()}
 OUR_LAYER_TENSORS = {ours: theirs for theirs, ours in LAYER_TENSORS.items()}
 Pair = tuple[Float[ndarray, "_ _"], Float[ndarray, "_ _"], float]  # A (r, in), B (out, r), scaling: each its own sizes
@@ -279,7 +281,7 @@ def _misfits(pairs: Mapping[str, Pair], config: ModelConfig) -> list[str]:
         if layer is None:
             problems.append(f"{name}: the model has no linear layer of that name")
         elif config.tie_word_embeddings and name in (EMBEDDING, HEAD):
-            problems.append(f"{name}: embedding and head share one weight, and llama.cpp cannot adapt one of the two")
+            problems.append(f"{name}: {TIED}")
         elif A.ndim != 2 or B.ndim != 2 or (A.shape[1], *B.shape) != (layer.in_features, layer.out_features, len(A)):
             problems.append(
                 f"{name}: A {A.shape} and B {B.shape}, needed ({layer.in_features} in, {layer.out_features} out)"

@@ -280,7 +280,8 @@ def test_all_that_cannot_be_told_to_llama_cpp_comes_in_one_error(tmp_path):
         "this adapter cannot be written for llama.cpp:",
         f"  {UP_PROJ}: A (2, 24) and B (2, 40), needed (24 in, 40 out)",
         f"  {UP_PROJ.replace('2', '1')}: A, B or the scaling is NaN or infinite",
-        "  model.embed_tokens: embedding and head share one weight, and llama.cpp cannot adapt one of the two",
+        "  model.embed_tokens: embedding and head share one weight, and llama.cpp cannot adapt one of the two: "
+        "write the merged model instead",
         "  model.norm: the model has no linear layer of that name",
     ]
     assert list(tmp_path.iterdir()) == []
