@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minilora.cpu import Linear
+from minilora.cpu import Linear, each
+from minilora.llm import Decoder, ModelConfig, generate
 from minilora.qlora import NF4Linear
 from minilora.torch_lora import LoRALinear, inject, load_adapter, remove, save_adapter
 from minilora.torch_lora import serve as serve_module
@@ -30,8 +31,6 @@ class Block(nn.Module):
         self.o_proj = nn.Linear(48, 32)
 
     def forward(self, x):
-        from minilora.cpu import each
-
         q, k, v = each(x, self.q_proj, self.k_proj, self.v_proj)
         return self.o_proj(torch.tanh(q) + torch.cat((k, v, k), dim=-1))
 
@@ -238,6 +237,41 @@ def test_a_stack_is_made_once_for_a_composition_and_anew_when_rows_leave(model, 
 
     for row, was in enumerate([2, 0]):
         torch.testing.assert_close(kept[row], alone(plain, folders[names[was]], x[was]), rtol=1e-5, atol=1e-5)
+
+
+def test_generating_gives_each_row_the_tokens_it_gets_alone_also_after_others_have_stopped(tmp_path):
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2}
+    decoder = Decoder(ModelConfig(**sizes)).double().eval()
+    folders = write_adapters(decoder, tmp_path, {name: KINDS[name] for name in ("r1", "r4", "r16")})
+    names, prompts = ["r1", "r16", None, "r4"], [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+
+    def answers_alone(stops: list[int]) -> list[list[int]]:
+        answers = []
+        for name, prompt in zip(names, prompts, strict=True):
+            model = copy.deepcopy(decoder)
+            if name:
+                load_adapter(model, folders[name])
+            answers += generate(model, [prompt], max_new_tokens=8, stop_tokens=stops)
+        return answers
+
+    free = answers_alone([])
+    stops = [free[0][1], free[2][2]]  # two rows stop early: half of the batch, and the others move up
+    expected, kept = answers_alone(stops), []
+    server = server_of(decoder, folders)
+    with server.rows(names) as batch:
+        answers = generate(
+            decoder,
+            prompts,
+            max_new_tokens=8,
+            stop_tokens=stops,
+            on_rows_kept=lambda rows: (kept.append(rows), batch.keep(rows)),
+        )
+
+    assert answers == expected
+    assert kept
+    assert kept[0] != [0, 1]  # who stays is not who was first
+    assert max(map(len, answers)) == 8
 
 
 def test_a_batch_of_another_number_of_rows_is_refused(model, tmp_path):
