@@ -10,7 +10,7 @@ Prompts of different length are padded on the left, so that every row's next tok
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ def generate(
     top_p: float = 1.0,
     stop_tokens: Iterable[int] = (),
     generator: torch.Generator | None = None,
+    on_rows_kept: Callable[[list[int]], object] | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, without the prompt and without the stop token that ended it.
 
@@ -38,12 +39,13 @@ def generate(
         temperature: 0 takes the most probable token; otherwise logits are divided by it and a token is drawn.
         top_p: draw only from the most probable tokens that together have at least this probability.
         generator: where the randomness of drawing comes from.
+        on_rows_kept: told which rows of the batch it goes on with, each time that half of them have stopped.
 
     Raises:
         ValueError: for an empty prompt, a token outside the vocabulary, or an argument out of range.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    for step in _steps(model, prompts, max_new_tokens, temperature, top_p, stop_tokens, generator):
+    for step in _steps(model, prompts, max_new_tokens, temperature, top_p, stop_tokens, generator, on_rows_kept):
         for row, token in step:
             answers[row].append(token)
     return answers
@@ -88,6 +90,7 @@ def _steps(
     top_p: float,
     stop_tokens: Iterable[int],
     generator: torch.Generator | None,
+    on_rows_kept: Callable[[list[int]], object] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """At every step the rows that go on, each with its new token."""
     _check(model, prompts, max_new_tokens, temperature, top_p)
@@ -113,6 +116,8 @@ def _steps(
             if 2 * len(keep) <= len(rows):  # half of the batch has stopped: no more work for it
                 rows, tokens, is_real = [rows[place] for place in keep], tokens[keep], is_real[keep]
                 cache.keep_rows(keep)
+                if on_rows_kept is not None:
+                    on_rows_kept(keep)
     finally:
         for module in was_training:
             module.training = True
