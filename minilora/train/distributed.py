@@ -6,8 +6,8 @@
         loss = Σ over shares of loss(share) · labels(share) / labels(batch)
 
     data_parallel  every process holds the whole model; the adapters' gradients are summed: torch's DDP
-    sharded        beside that, each process keeps only a part of every frozen weight: torch's FSDP2. A layer is gathered
-                   when it is computed, forward and backward, and the others' parts are dropped again
+    sharded        beside that, each process keeps only a part of every frozen weight: torch's FSDP2. A layer is
+                   gathered when it is computed, forward and backward, and the others' parts are dropped again
 
 Frozen weights are what needs memory, so they are sharded. Adapters are not: whole in every process, they are ordinary
 tensors, and clipping, the 8-bit optimizer, checkpoints and saving need know nothing of processes. The price is 16 bytes
@@ -43,8 +43,8 @@ Gradients = Callable[[nn.Module, Batch], float]
 def process_group(device_type: str = "cpu") -> Iterator[tuple[int, int]]:
     """Meet the other processes of a torchrun, and part from them in the end: `with process_group() as (rank, world)`.
 
-    They talk by gloo; on CUDA by nccl, each with the GPU of its own number. Models belong into a function that is called
-    within: one that is still there when its processes part may abort them.
+    They talk by gloo; on CUDA by nccl, each with the GPU of its own number. Models belong into a function that is
+    called within: one that is still there when the processes part may abort them.
 
     Raises:
         ValueError: if torchrun did not start this process.
@@ -74,8 +74,8 @@ def data_parallel(model: nn.Module, n_parts: int = 1) -> Gradients:
 def sharded(model: nn.Module, n_parts: int = 1) -> Gradients:
     """As data_parallel, with the frozen weights sharded, in place: a decoder's layers, its embedding, head and norm.
 
-    4-bit weights are sharded as the bytes they are; their units, 3 % of them, are not. From now on the model is computed
-    by the `gradients` alone. The adapters stay as they are, to be trained and saved.
+    4-bit weights are sharded as the bytes they are; their units, 3 % of them, are not. From now on the model is
+    computed by the `gradients` alone. The adapters stay as they are, to be trained and saved.
     """
     for module in model.modules():
         if isinstance(module, NF4Linear):  # FSDP2 shards parameters; a buffer it leaves whole
