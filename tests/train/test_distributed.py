@@ -105,11 +105,11 @@ def test_only_the_gradients_of_adapters_are_sent_and_once_a_batch(runs):
 
 
 def test_a_process_keeps_half_of_what_is_sharded(runs):
-    """4-bit units stay whole, and halves are rounded up: of these small weights that is up to 3 %."""
+    """4-bit units stay whole, and of 97 rows one process keeps 49: of these small weights that is up to 3 %."""
     for (_, way, *_), found in cases(runs).items():
         for told, _ in found:
             share = told["kept_bytes"] / told["whole_bytes"]
-            assert 0.5 <= share < 0.53 if way == "fsdp" else share == 1
+            assert 0.49 < share < 0.53 if way == "fsdp" else share == 1
 
 
 @pytest.mark.long
