@@ -99,6 +99,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the base's weights (default %(default)s)")
     add("--optimizer", choices=("adamw", "adamw-8bit"), default="adamw", help="moments' bits (default adamw: 32)")
     add("--checkpointing", action="store_true", help="keep the input of each layer, compute the layer again")
+    add("--parallel", choices=("ddp", "fsdp"), help="under torchrun: whole weights in each process, or sharded (ddp)")
     add("--seed", type=int, default=0, metavar="N", help="of the order and the adapter's start (default %(default)s)")
     add("--save-every", type=int, default=50, metavar="N", help="steps from checkpoint to checkpoint (default 50)")
     add("--eval-data", metavar="FILE", help="JSONL of samples to measure on: what was gained, and what forgotten")

@@ -89,8 +89,8 @@ class NF4Linear(nn.Module):
     @property
     def quantized(self) -> Quantized:
         """The weight as it is stored; no copy is made."""
-        buffers = [buffer for buffer in self._buffers.values() if buffer is not None]
-        here = [*map(id, buffers), *map(Tensor.data_ptr, buffers)]  # others than last time after .to(), say
+        stored = [self.packed, *(buffer for buffer in self._buffers.values() if buffer is not None)]
+        here = [*map(id, stored), *map(Tensor.data_ptr, stored)]  # others than last time after .to(), say
         if self._made is None or self._made[0] != here:
             self._made = here, self._as_stored()
         return self._made[1]

@@ -7,13 +7,18 @@ Read before: train/jsonl, train/fits, train/finetune.
 
 import argparse
 import hashlib
+import io
 import json
 import math
+import os
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from minilora.files import write_whole
@@ -27,7 +32,7 @@ from minilora.qlora import QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, save_adapter
 from minilora.train.chat import TEMPLATE_FILE
 from minilora.train.checkpoint import Saving
-from minilora.train.data import Sample, make_batches
+from minilora.train.data import Batch, Sample, make_batches
 from minilora.train.evaluate import english_text
 from minilora.train.finetune import fine_tune
 from minilora.train.fits import GIB, bytes_needed, check_fits
@@ -45,7 +50,30 @@ GENERAL_TOKENS = 4096  # of plain English
 
 
 def run(args: argparse.Namespace, free_bytes: int, *, resume: bool = False) -> int:
-    """Train as the options of cli say, if it fits into `free_bytes`.
+    """Train as the options of cli say, in this process, or in all that torchrun started, of which the first one tells.
+
+    Raises:
+        ValueError: also if several processes were asked for what only one can do.
+        ValueError, MemoryError, FloatingPointError: as train_here.
+    """
+    if args.parallel is None and not dist.is_torchelastic_launched():
+        return train_here(args, free_bytes, resume=resume)
+    from minilora.train.distributed import process_group  # brings torch's compiler
+
+    args.parallel = args.parallel or "ddp"
+    if args.eval_data is not None:
+        raise ValueError("--eval-data is measured by one process: leave it out, or train without torchrun")
+    if resume and args.dropout:
+        raise ValueError("several processes do not save all random numbers that --dropout needs: begin anew elsewhere")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's memory
+    with process_group() as (rank, world), redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):
+        return train_here(args, free_bytes // local, resume=resume, rank=rank, world=world)
+
+
+def train_here(
+    args: argparse.Namespace, free_bytes: int, *, resume: bool = False, rank: int = 0, world: int = 1
+) -> int:
+    """Train in this process, number `rank` of `world`, if it fits into `free_bytes`.
 
     Ctrl-C saves, and says how to go on. What a killed process leaves is a folder to `resume` from: with the same bits
     at the end as if it had never been killed.
@@ -58,10 +86,11 @@ def run(args: argparse.Namespace, free_bytes: int, *, resume: bool = False) -> i
     out = Path(args.out)
     if not resume and (out / CHECKPOINT).exists():
         raise ValueError(f"{out} holds a training: go on with `minilora resume {out}`, or choose another --out")
-    samples, pad = planned(args, free_bytes)
-    write_whole({out / RUN: json.dumps(vars(args), indent=2).encode()})  # if this cannot be, better now than later
+    samples, pad = planned(args, free_bytes, world)
+    if rank == 0:
+        write_whole({out / RUN: json.dumps(vars(args), indent=2).encode()})  # if this cannot be, better now than later
     model, tokenizer = load_model(args.base, dtype=DTYPES[args.dtype])
-    torch.manual_seed(args.seed)  # of dropout
+    torch.manual_seed(args.seed + rank)  # of dropout
     start, wrap = torch.Generator().manual_seed(args.seed), METHODS[args.method]
     settings = {"r": args.r, "alpha": 2 * args.r if args.alpha is None else args.alpha, "dropout": args.dropout}
     report = inject(model, ALL_LINEAR, lambda base: wrap(base, **settings, generator=start))
@@ -79,17 +108,30 @@ def run(args: argparse.Namespace, free_bytes: int, *, resume: bool = False) -> i
             state_bits=STATE_BITS[args.optimizer],
             n_parts=args.accumulate,
             pack_tokens=args.pack,
-            saving=Saving(out / CHECKPOINT, facts(args, model.origin.sha256), args.save_every),
+            saving=Saving(out / CHECKPOINT, facts(args, model.origin.sha256) | {"processes": world}, args.save_every),
             judged_by=judges(args, tokenizer, pad),
+            gradients=in_processes(model, args),
+            tells=rank == 0,
         )
     except FloatingPointError:  # what was learnt before is whole
-        save(model, out, args.template)
+        if rank == 0:
+            save(model, out, args.template)
         raise
     print(training)
-    save(model, out, args.template)
+    if rank == 0:
+        save(model, out, args.template)
     if training.stopped_by == CTRL_C:
         print(f"go on    minilora resume {shlex.quote(str(out))}")
     return 0
+
+
+def in_processes(model: nn.Module, args: argparse.Namespace) -> Callable[[nn.Module, Batch], float] | None:
+    """The `gradients` of several processes, if there are; None in one."""
+    if args.parallel is None:
+        return None
+    from minilora.train.distributed import data_parallel, sharded
+
+    return {"ddp": data_parallel, "fsdp": sharded}[args.parallel](model, args.accumulate)
 
 
 def save(model: Decoder, out: Path, template: str) -> None:
@@ -147,7 +189,7 @@ def judges(args: argparse.Namespace, tokenizer: Tokenizer, pad: int) -> Judges |
     return Judges(make_batches(samples, args.batch, pad, seed=0), general, rules)
 
 
-def planned(args: argparse.Namespace, free_bytes: int) -> tuple[list[Sample], int]:
+def planned(args: argparse.Namespace, free_bytes: int, world: int = 1) -> tuple[list[Sample], int]:
     """Check the whole run, as far as can be without the weights; give its samples, and the token that pads them."""
     if args.epochs < 1 or args.batch < 1 or not 1 <= args.accumulate <= args.batch:
         raise ValueError(
@@ -177,7 +219,7 @@ def planned(args: argparse.Namespace, free_bytes: int) -> tuple[list[Sample], in
             f"{longest.name} of {args.data} has {len(longest.tokens):,} tokens, and the model was made for {most:,}: "
             "shorten it, or drop it with --max-tokens"
         )
-    rows = min(args.batch, len(samples))
+    rows = -(-min(args.batch, len(samples)) // world)
     setup = Setup(
         method=args.method,
         r=args.r,

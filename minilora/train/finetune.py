@@ -33,6 +33,8 @@ def fine_tune(
     pack_tokens: int | None = None,
     saving: Saving | None = None,
     judged_by: Judges | None = None,
+    gradients: Callable[[nn.Module, Batch], float] | None = None,
+    tells: bool = True,
 ) -> Training:
     """Train what requires a gradient in the model, on every sample `epochs` times, in a new order each time.
 
@@ -41,7 +43,8 @@ def fine_tune(
     or of as many rows of `pack_tokens`, which hold several samples each.
 
     With `saving` the training goes on where its checkpoint stands, and ends with the same bits as if it had never
-    stopped; a log of all steps lies beside it, and what its judges find, who may end it early.
+    stopped; a log of all steps lies beside it, and what its judges find, who may end it early. Of several processes,
+    which bring their `gradients` (train/distributed), one alone `tells` and saves.
 
     Raises:
         ValueError: if there is nothing to train, a number is impossible, or the checkpoint is of another run.
@@ -57,8 +60,9 @@ def fine_tune(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = PagedAdamW(trained, lr=lr, weight_decay=0.0, state_bits=state_bits)
     done = saving.resumed(model, optimizer) if saving else 0
-    with progress_bar(len(batches), done) as bar:
-        listeners: list[Callable[[Step], str | None]] = [bar, health_check(model, tqdm.write)]
+    saving = saving if tells else None
+    with progress_bar(len(batches), done, shown=tells) as bar:
+        listeners: list[Callable[[Step], str | None]] = [bar, health_check(model, tqdm.write)] if tells else []
         if saving:
             log = MetricsLog(saving.path.with_name(METRICS), done)
             judging = [judge(model, judged_by, log, tqdm.write)] if judged_by else []
@@ -66,7 +70,7 @@ def fine_tune(
             if judged_by and (reason := judged_by.rules.verdict(log.measured)):
                 return Training([], reason)
         schedule = warmup_then_decay(len(batches), n_warmup=len(batches) // 10)
-        gradients = in_parts(n_parts)
+        gradients = gradients or in_parts(n_parts)
         training = train(model, batches, optimizer, schedule, listeners=listeners, done=done, gradients=gradients)
     if saving and training.steps:
         saving.save(model, optimizer, training.steps[-1].number)

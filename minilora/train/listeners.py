@@ -28,9 +28,9 @@ SPIKE = 2.0  # times their median
 
 
 @contextmanager
-def progress_bar(n_steps: int, done: int = 0) -> Iterator[Callable[[Step], None]]:
+def progress_bar(n_steps: int, done: int = 0, shown: bool = True) -> Iterator[Callable[[Step], None]]:
     """A listener that draws loss, tokens per second and learning rate: `with progress_bar(100) as listener`."""
-    with tqdm(total=n_steps, initial=done, unit="step") as bar:
+    with tqdm(total=n_steps, initial=done, unit="step", disable=not shown) as bar:
 
         def listen(step: Step) -> None:
             bar.set_postfix_str(f"loss {step.loss:.3f}, {step.n_tokens / step.seconds:,.0f} tokens/s, lr {step.lr:.1e}")
