@@ -37,10 +37,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minilora.cpu import each
-from minilora.torch_lora import peft_format
 from minilora.torch_lora.adapter_cache import Adapter, AdapterCache
 from minilora.torch_lora.inject import ALL_LINEAR, Target, inject, match_targets
 from minilora.torch_lora.layers import LoRAConv1D, LoRALinear, refuse_unfit
+from minilora.torch_lora.peft_config import AdapterConfig, read_config
+from minilora.torch_lora.peft_format import CONFIG_FILE, TENSOR_FILE
+from minilora.torch_lora.peft_tensors import fit_adapter, read_tensors
 
 FEW_TOKENS = 8  # a slot: up to here a CPU multiplies as float32, the stacks' dtype there, and beyond it in x's dtype
 
@@ -105,8 +107,8 @@ class AdapterServer:
 
     def _size_of(self, folder: Path) -> int:
         """The bytes of a folder's adapter in this server's dtype, from its config and its header."""
-        peft_format._read_config(folder / peft_format.CONFIG_FILE)
-        path = folder / peft_format.TENSOR_FILE
+        served_config(folder)
+        path = folder / TENSOR_FILE
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}")
         try:
@@ -118,20 +120,36 @@ class AdapterServer:
 
     @torch.inference_mode()
     def _read(self, folder: Path) -> Adapter:
-        """Read an adapter with peft_format's own checks, against layers that hold no numbers."""
-        config = peft_format._read_config(folder / peft_format.CONFIG_FILE)
-        tensors, _ = peft_format._read_tensors(folder / peft_format.TENSOR_FILE)
-        pairs = peft_format._by_layer(self._skeleton, tensors, config.r)
+        """Read an adapter with peft_tensors' own checks, against layers that hold no numbers."""
+        config = served_config(folder)
+        tensors, _ = read_tensors(folder / TENSOR_FILE)
+        pairs, _ = fit_adapter(self._skeleton, tensors, config)
         wide = torch.promote_types(self._dtype, torch.float32)
         return Adapter(
             {
                 name: (
-                    (config.scaling * pair["A"].to(wide)).to(self._device, self._dtype),
+                    (config.settings_of(name).scaling * pair["A"].to(wide)).to(self._device, self._dtype),
                     pair["B"].to(self._device, self._dtype, copy=True),  # not a view of the file
                 )
                 for name, pair in pairs.items()
             }
         )
+
+
+def served_config(folder: Path) -> AdapterConfig:
+    """Read the config of an adapter that can be served beside others.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged, or the adapter replaces tensors of the base, which all rows share.
+    """
+    path = folder / CONFIG_FILE
+    config = read_config(path)
+    replaces = {"bias": config.bias if config.bias != "none" else "", "modules_to_save": config.modules_to_save}
+    if any(replaces.values()):
+        said = " and ".join(f"{key} = {value!r}" for key, value in replaces.items() if value)
+        raise ValueError(f"{path} says {said}: it replaces tensors of the base, which other rows use; serve it alone")
+    return config
 
 
 class Routing(threading.local):
