@@ -365,6 +365,23 @@ def test_a_name_registered_again_serves_the_new_adapter(model, tmp_path):
         torch.testing.assert_close(model(x)[0], alone(plain, folders["r16"], x[0]), rtol=1e-5, atol=1e-5)
 
 
+def test_a_resident_adapter_does_not_follow_what_is_written_over_its_file(model, tmp_path):
+    folders = write_adapters(model, tmp_path)
+    plain = copy.deepcopy(model)
+    server = server_of(model, folders)
+    x = torch.randn(1, 2, 32)
+    expected = alone(plain, folders["r4"], x[0])
+    with server.rows(["r4"]):
+        pass
+    path = folders["r4"] / "adapter_model.safetensors"
+    with path.open("r+b") as file:  # in place: a mapped file would change with it
+        file.seek(-5000, 2)
+        file.write(bytes(5000))
+
+    with server.rows(["r4"]), torch.inference_mode():
+        torch.testing.assert_close(model(x)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_adapters_are_served_over_4_bits(model, tmp_path):
     folders = write_adapters(model, tmp_path)
     inject(model, "all-linear", lambda base: NF4Linear(base, block_size=32))
