@@ -42,6 +42,7 @@ bench: base
 	@$(PY) benchmarks/training_step.py --json benchmarks/results.json
 	@$(PY) benchmarks/growth.py
 	@$(PY) benchmarks/generation.py --json runs/bench/generation.json
+	@$(PY) benchmarks/serving.py --json runs/bench/serving.json
 	@$(PY) benchmarks/demo_task.py --json runs/bench/demo_task.json
 
 build: base

@@ -91,13 +91,9 @@ def merged_weight(model: Decoder, name: str) -> Float[ndarray, "..."]:
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    base: Any = module.base if isinstance(module, LoRALayer) else module
-    if leaf == "bias":
-        return base.bias.detach().float().cpu().numpy()
-    w = dense_weight(base, torch.float32)
-    if isinstance(module, LoRALayer) and not module.is_merged:
-        w = w + module.delta_weight().float()
-    return w.cpu().numpy()
+    plain: Any = module.fused(torch.float32) if isinstance(module, LoRALayer) else module
+    w = plain.bias.float() if leaf == "bias" else dense_weight(plain, torch.float32)
+    return w.detach().cpu().numpy()
 
 
 def about(model: Decoder) -> dict[str, str]:

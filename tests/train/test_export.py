@@ -1,5 +1,7 @@
 """export: what is in the file is the base with its adapter, rounded once; the base is left alone."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
@@ -71,6 +73,26 @@ def test_the_merged_file_computes_what_the_model_with_its_adapter_does(base, tmp
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)  # float32, summed in another order
     assert not torch.allclose(logits(merged), logits(load_model(base)[0]), atol=0.01)
     assert merged.config == CONFIG
+
+
+def test_an_adapter_folder_with_settings_by_layer_is_exported_as_it_is(base, tmp_path):
+    """rank_pattern and alpha_pattern of PEFT's config reach the merged file, and the adapter's pairs."""
+    settings = iter([{"r": 2, "alpha": 4}, {"r": 4, "alpha": 8}, {"r": 4, "alpha": 1}, {"r": 8, "alpha": 3}])
+    model, _ = load_model(base)
+    inject(model, ["q_proj", "down_proj"], lambda layer: lora_layer(layer, **next(settings)))
+    for layer in adapter_layers(model).values():
+        torch.nn.init.normal_(layer.B, std=0.3)
+    save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    export(base, tmp_path / "adapter", tmp_path / "out.gguf", "F32")
+    export(base, tmp_path / "adapter", tmp_path / "lora.gguf", "adapter")
+    merged, _ = load_model(tmp_path / "out.gguf")
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "lora.gguf").tensors}
+
+    assert config["rank_pattern"] and config["alpha_pattern"]
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)  # float32, summed in another order
+    ranks = sorted(len(A) for name, A in tensors.items() if name.endswith("lora_a"))
+    assert ranks == [2, 4, 4, 8]
 
 
 def test_the_sum_is_rounded_once(base, tmp_path):
