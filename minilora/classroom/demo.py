@@ -33,7 +33,7 @@ from minilora.torch_lora import LoRALinear, inject, save_adapter
 from minilora.torch_lora.inject import ALL_LINEAR, adapter_layers
 from minilora.torch_lora.layers import LoRALayer
 from minilora.train.data import Sample, mask_prompt
-from minilora.train.evaluate import english_text, exact_match, generate_answers, perplexity, valid_json
+from minilora.train.evaluate import english_tokens, exact_match, generate_answers, perplexity, valid_json
 from minilora.train.extraction import Example, make_extraction
 from minilora.train.finetune import fine_tune
 
@@ -99,7 +99,7 @@ def run_demo(
     prompts = [tokenizer.encode_chat(example.messages) for example in data.test]
     references = [example.answer for example in data.test]
     max_new_tokens = max(len(tokenizer.encode(answer)) for answer in references) + 8
-    text = tokenizer.encode(english_text()[: 8 * settings.perplexity_tokens])[: settings.perplexity_tokens]
+    text = english_tokens(tokenizer, settings.perplexity_tokens)
 
     say(f"before training: {settings.n_eval} unseen sentences")
     before = generate_answers(model, tokenizer, prompts, max_new_tokens)

@@ -11,11 +11,12 @@ Prompts of different length are padded on the left, so that every row's next tok
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.llm.model import Decoder, KVCache, causal_mask
 
@@ -100,9 +101,7 @@ def _steps(
     tokens, is_real = _pad_left(prompts, next(model.parameters()).device)
     cache = KVCache(model.config.n_layers, max_tokens=tokens.shape[1] + max_new_tokens)
     rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         for _ in range(max_new_tokens):
             logits = _next_logits(model, tokens, is_real, cache)
             chosen = choose(logits, temperature=temperature, top_p=top_p, generator=generator)
@@ -118,6 +117,15 @@ def _steps(
                 cache.keep_rows(keep)
                 if on_rows_kept is not None:
                     on_rows_kept(keep)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and afterwards every module back to what it was."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
     finally:
         for module in was_training:
             module.training = True

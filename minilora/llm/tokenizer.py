@@ -78,11 +78,6 @@ class Tokenizer:
             )
         return ChatTemplate(self._template_source)
 
-    @property
-    def template_source(self) -> str | None:
-        """The chat template as its author wrote it."""
-        return self._template_source
-
     def with_template(self, source: str) -> "Tokenizer":
         """The same tokenizer with another chat template."""
         other = copy(self)

@@ -33,7 +33,7 @@ from minilora.torch_lora import LoRALinear, inject, save_adapter
 from minilora.train.chat import TEMPLATE_FILE
 from minilora.train.checkpoint import Saving
 from minilora.train.data import Batch, Sample, make_batches
-from minilora.train.evaluate import english_text
+from minilora.train.evaluate import english_tokens
 from minilora.train.finetune import fine_tune
 from minilora.train.fits import GIB, bytes_needed, check_fits
 from minilora.train.jsonl import read_samples
@@ -184,7 +184,7 @@ def judges(args: argparse.Namespace, tokenizer: Tokenizer, pad: int) -> Judges |
     if args.eval_data is None:
         return None
     samples = read_samples(Path(args.eval_data), tokenizer, args.template)
-    general = tokenizer.encode(english_text()[: 8 * GENERAL_TOKENS])[:GENERAL_TOKENS]
+    general = english_tokens(tokenizer, GENERAL_TOKENS)
     rules = Rules(args.eval_every, args.patience, args.max_forgetting)
     return Judges(make_batches(samples, args.batch, pad, seed=0), general, rules)
 

@@ -23,7 +23,7 @@ from minilora.llm.tokenizer import Tokenizer
 from minilora.torch_lora import load_adapter
 from minilora.train.chat import with_trained_template
 from minilora.train.data import IGNORED, Sample, make_batches
-from minilora.train.evaluate import english_text, exact_match, generate_answers, mean_loss, perplexity
+from minilora.train.evaluate import english_tokens, exact_match, generate_answers, mean_loss, perplexity
 from minilora.train.jsonl import read_samples
 
 BATCH = 8
@@ -45,7 +45,7 @@ def grade(model: Decoder, tokenizer: Tokenizer, samples: Sequence[Sample]) -> Gr
     assert tokenizer.pad is not None
     asked, references = zip(*(split_last_answer(sample) for sample in samples), strict=True)
     answers = generate_answers(model, tokenizer, asked, max(map(len, references)) + MORE_TOKENS)
-    text = tokenizer.encode(english_text()[: 8 * GENERAL_TOKENS])[:GENERAL_TOKENS]
+    text = english_tokens(tokenizer, GENERAL_TOKENS)
     return Grades(
         loss=mean_loss(model, make_batches(samples, BATCH, tokenizer.pad, seed=0)),
         exact=exact_match(answers, [tokenizer.decode(reference) for reference in references]),

@@ -9,14 +9,13 @@ import json
 import math
 import pydoc_data.topics
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilora.llm.generation import generate
+from minilora.llm.generation import evaluating, generate
 from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer
 from minilora.train.data import Batch
@@ -113,6 +112,11 @@ def english_text() -> str:
     return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
+def english_tokens(tokenizer: Tokenizer, count: int) -> list[int]:
+    """The first tokens of that text, so many."""
+    return tokenizer.encode(english_text()[: 8 * count])[:count]  # a token is rarely eight letters
+
+
 @torch.no_grad()
 def perplexity(model: nn.Module, tokens: Sequence[int], seq_len: int = 512) -> float:
     """exp of the mean loss over all tokens but the first of each window: how many it hesitates between.
@@ -152,15 +156,3 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     with evaluating(model):
         total = sum(loss_of(model, batch).item() * batch.n_labels for batch in batches)
     return total / sum(batch.n_labels for batch in batches)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and afterwards every module back to what it was."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True
