@@ -19,21 +19,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minilora.llm.load import HEAD
-from minilora.llm.tokenizer import read_json
+from minilora.llm.tokenizer import TEMPLATE_FILE, read_json
 
 SHARD_BYTES = 2_000_000_000
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+    "vocab.json", "merges.txt", TEMPLATE_FILE, "generation_config.json",
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md",
 )  # fmt: skip
 
 
-def save_model(out: Path, source: Path, weights: Iterable[tuple[str, Tensor]], card: Callable[[], str]) -> None:
+def save_model(
+    out: Path,
+    source: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    card: Callable[[], str],
+    chat_template: str | None = None,
+) -> None:
     """Write weights by name as a model of the same kind as the one in the folder `source`.
 
     The config says the dtype of the weights, which is one, and that the head has a weight of its own where one comes.
-    `card` makes the text of README.md when all weights are written. The folder is there whole or not at all.
+    `card` makes the text of README.md when all weights are written. A `chat_template` takes the place of the source's.
+    The folder is there whole or not at all.
 
     Raises:
         FileExistsError: if there is something at `out` already.
@@ -51,6 +58,8 @@ def save_model(out: Path, source: Path, weights: Iterable[tuple[str, Tensor]], c
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, making / name)
+        if chat_template is not None:
+            (making / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
         (making / "README.md").write_text(card(), encoding="utf-8")
         for path in making.iterdir():
             path.chmod(0o644)  # safetensors lets only the owner read

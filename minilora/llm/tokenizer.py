@@ -26,6 +26,8 @@ from minilora.llm.chat import ChatTemplate
 # A model may end an answer with any of these, whichever of them it calls its end-of-sequence token.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>")
 
+TEMPLATE_FILE = "chat_template.jinja"  # in a folder of a model, or of an adapter that was trained with another
+
 Message = Mapping[str, Any]
 
 
@@ -51,7 +53,6 @@ class Tokenizer:
         ends = {self.control_tokens[text] for text in END_TOKENS if text in self.control_tokens}
         self.stop_tokens = tuple(sorted(ends if self.eos is None else ends | {self.eos}))
         self.settings = settings
-        self._template_source = settings.get("chat_template")
 
     def __len__(self) -> int:
         """Number of tokens in the vocabulary."""
@@ -72,17 +73,18 @@ class Tokenizer:
     @cached_property
     def _template(self) -> ChatTemplate:
         """Read when first used: a template that we refuse does not keep its model from being used."""
-        if not self._template_source:
+        source = self.settings.get("chat_template")
+        if not source:
             raise ValueError(
                 "this model has no chat template (a base model?): write its prompt as text and use encode()"
             )
-        return ChatTemplate(self._template_source)
+        return ChatTemplate(source)
 
     def with_template(self, source: str) -> "Tokenizer":
         """The same tokenizer with another chat template."""
         other = copy(self)
         other.__dict__.pop("_template", None)  # what was read of the one before
-        other._template_source = source
+        other.settings = {**self.settings, "chat_template": source}
         return other
 
     def encode(self, text: str, *, parse_special: bool = False, add_bos: bool = False) -> list[int]:
@@ -149,7 +151,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if isinstance(settings.get("chat_template"), list):  # several, by name
         named = {entry["name"]: entry["template"] for entry in settings["chat_template"]}
         settings["chat_template"] = named.get("default")
-    template = folder / "chat_template.jinja"
+    template = folder / TEMPLATE_FILE
     if template.exists():
         settings["chat_template"] = template.read_text(encoding="utf-8")
     try:

@@ -9,7 +9,6 @@ Read before: llm/generation, torch_lora/peft_format.
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -18,8 +17,7 @@ from minilora.llm.load import load_model
 from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer
 from minilora.torch_lora import load_adapter
-
-TEMPLATE_FILE = "chat_template.jinja"
+from minilora.train.templates import with_trained_template
 
 
 def load_adapted(base: str, adapter: str | None, dtype: torch.dtype) -> tuple[Decoder, Tokenizer]:
@@ -32,13 +30,7 @@ def load_adapted(base: str, adapter: str | None, dtype: torch.dtype) -> tuple[De
     if adapter is None:
         return model, tokenizer
     load_adapter(model, adapter, base_sha256=model.origin.sha256)
-    return model.eval(), with_trained_template(tokenizer, Path(adapter))
-
-
-def with_trained_template(tokenizer: Tokenizer, adapter: Path) -> Tokenizer:
-    """The tokenizer with the template beside an adapter, if there is one."""
-    path = adapter / TEMPLATE_FILE
-    return tokenizer.with_template(path.read_text(encoding="utf-8")) if path.is_file() else tokenizer
+    return model.eval(), with_trained_template(tokenizer, adapter)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -30,7 +30,6 @@ from minilora.llm.sizes import Setup
 from minilora.llm.tokenizer import Tokenizer, load_tokenizer, read_json
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, save_adapter
-from minilora.train.chat import TEMPLATE_FILE
 from minilora.train.checkpoint import Saving
 from minilora.train.data import Batch, Sample, make_batches
 from minilora.train.evaluate import english_tokens
@@ -38,7 +37,7 @@ from minilora.train.finetune import fine_tune
 from minilora.train.fits import GIB, bytes_needed, check_fits
 from minilora.train.jsonl import read_samples
 from minilora.train.judging import Judges, Rules
-from minilora.train.templates import TEMPLATES
+from minilora.train.templates import TEMPLATE_FILE, TEMPLATES
 from minilora.train.trainer import CTRL_C
 
 METHODS: Mapping[str, Callable[..., nn.Module]] = {"lora": LoRALinear, "qlora": QLoRALinear}
@@ -138,6 +137,8 @@ def save(model: Decoder, out: Path, template: str) -> None:
     """Write a model's adapter, with the chat template that it was trained with, and say so."""
     if template in TEMPLATES:
         write_whole({out / TEMPLATE_FILE: TEMPLATES[template].encode()})
+    else:  # the model's own: not the one of a training that was here before
+        (out / TEMPLATE_FILE).unlink(missing_ok=True)
     save_adapter(model, out, base_name=model.origin.name, base_sha256=model.origin.sha256)
     print(f"adapter  {out}   (PEFT's layout)")
 

@@ -23,6 +23,7 @@ from minilora.llm.write_gguf import KINDS, Pair, Written, write_adapter, write_m
 from minilora.torch_lora import load_adapter
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.layers import LoRALayer, dense_weight
+from minilora.train.templates import with_trained_template
 
 ADAPTER = "adapter"  # the kind that is no model
 
@@ -65,6 +66,7 @@ def export(
     model, tokenizer = load_model(base, dtype=dtype)
     if adapter is not None:
         load_adapter(model, adapter, base_sha256=model.origin.sha256)
+        tokenizer = with_trained_template(tokenizer, adapter)
     if kind == ADAPTER:
         write_adapter(out, adapter_pairs(model), model.config, about(model))
         return None

@@ -23,6 +23,7 @@ from minilora.llm.save import refuse_taken, save_model
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import load_adapter, lora_layer
 from minilora.torch_lora.merging import MergeReport, merged_state, warn_if_erased
+from minilora.train.templates import trained_template
 
 STORED = {
     "F64": torch.float64,
@@ -65,7 +66,13 @@ def merge_to_folder(
     load_adapter(model, adapter, wrap, base_sha256=model.origin.sha256)
     report = MergeReport(str(dtype).removeprefix("torch."), {})
     weights = merged_state(model, dtype, report)
-    save_model(out, folder, weights, lambda: card(out.name, model.origin, adapter.resolve().name, report))
+    save_model(
+        out,
+        folder,
+        weights,
+        lambda: card(out.name, model.origin, adapter.resolve().name, report),
+        trained_template(adapter),
+    )
     warn_if_erased(report)
     return report
 

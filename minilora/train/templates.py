@@ -11,9 +11,10 @@ the content.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
-from minilora.llm.tokenizer import Tokenizer
+from minilora.llm.tokenizer import TEMPLATE_FILE, Tokenizer
 
 CHATML = """\
 {% for message in messages %}
@@ -62,6 +63,18 @@ def with_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
     if name not in TEMPLATES:
         raise ValueError(f"no template is named {name!r}: choose {', '.join([MODEL, *TEMPLATES])}")
     return tokenizer.with_template(TEMPLATES[name])
+
+
+def trained_template(adapter: str | Path) -> str | None:
+    """The template beside an adapter, which it was trained with; None where that was the model's own."""
+    path = Path(adapter) / TEMPLATE_FILE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def with_trained_template(tokenizer: Tokenizer, adapter: str | Path) -> Tokenizer:
+    """The tokenizer with the template that an adapter was trained with."""
+    template = trained_template(adapter)
+    return tokenizer if template is None else tokenizer.with_template(template)
 
 
 def for_template(messages: Sequence[Mapping[str, str]], name: str) -> list[dict[str, str]]:

@@ -180,3 +180,11 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path):
         export("nowhere", None, tmp_path / "out.gguf", "adapter")
     with pytest.raises(ValueError, match=r"out\.bin does not end in \.gguf"):
         export("nowhere", None, tmp_path / "out.bin")
+
+
+def test_the_template_that_an_adapter_was_trained_with_goes_into_the_file(base, tmp_path):
+    save_adapter(adapted(base), tmp_path / "adapter")
+    (tmp_path / "adapter/chat_template.jinja").write_text("{{ messages[0].content }}?")
+    export(base, tmp_path / "adapter", tmp_path / "out.gguf", "F32")
+    _, tokenizer = load_model(tmp_path / "out.gguf")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}]) == "ab?"

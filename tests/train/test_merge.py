@@ -140,3 +140,11 @@ def test_a_damaged_base_is_told_of_as_when_it_is_loaded(base, tmp_path):
     (base / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         run(options(base, tmp_path / "adapter", tmp_path / "out"))
+
+
+def test_the_template_that_an_adapter_was_trained_with_comes_along(base, tmp_path):
+    (base / "chat_template.jinja").write_text("the base's")
+    adapter_for(base, tmp_path / "adapter", ["q_proj"])
+    (tmp_path / "adapter/chat_template.jinja").write_text("the adapter's")
+    run(options(base, tmp_path / "adapter", tmp_path / "out"))
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "the adapter's"
