@@ -3,6 +3,7 @@
     numpy_lora   LAYER 1   arithmetic you can print              needs NumPy
     torch_lora   LAYER 2   the handwritten module                needs PyTorch
     qlora        LAYER 3   the same over a frozen 4-bit weight   a GPU if there is one, the same results if not
+    methods                the family: DoRA and others, one paper a file
     llm                    the language model that is fine-tuned; knows nothing of LoRA
     train                  data, the loop, evaluation
     cpu                    products that a CPU does faster than torch; knows nothing of LoRA
@@ -30,6 +31,7 @@ Papers, as the docstrings name them:
     [Attention]      Vaswani et al. 2017, arXiv 1706.03762
     [Checkpointing]  Chen et al. 2016, arXiv 1604.06174
     [TIES]    Yadav et al. 2023, arXiv 2306.01708    [DARE]    Yu et al. 2023, arXiv 2311.03099
+    [DoRA]    Liu et al. 2024, arXiv 2402.09353
     [Halko]          Halko, Martinsson & Tropp 2011, arXiv 0909.4061
     [RoyVetterli]    Roy & Vetterli 2007, The effective rank
 """

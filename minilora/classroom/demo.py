@@ -30,7 +30,7 @@ from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer
 from minilora.qlora import NF4Linear, QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, save_adapter
-from minilora.torch_lora.inject import ALL_LINEAR, adapter_layers
+from minilora.torch_lora.inject import ALL_LINEAR, lora_layers
 from minilora.torch_lora.layers import LoRALayer
 from minilora.train.data import Sample, mask_prompt
 from minilora.train.evaluate import english_tokens, exact_match, generate_answers, perplexity, valid_json
@@ -125,7 +125,7 @@ def run_demo(
     after = generate_answers(model, tokenizer, prompts, max_new_tokens)
     say(f"  exact {exact_match(after, references):.1%}, valid JSON {valid_json(after):.1%}")
     save_adapter(model, settings.out / "adapter", base_name=model.origin.name, base_sha256=model.origin.sha256)
-    spectrum = {name: update_spectrum(layer) for name, layer in adapter_layers(model).items()}
+    spectrum = {name: update_spectrum(layer) for name, layer in lora_layers(model).items()}
     perplexity_after = perplexity(model, text)
     result = DemoResult(
         method=settings.method,
@@ -193,7 +193,7 @@ def merge_relative_error(model: Decoder, prompts: Sequence[Sequence[int]]) -> fl
     merged weights are those of `fused`, in the dtype of the model's other weights. The model is left as it was.
     """
     dtype = next(model.model.embed_tokens.parameters()).dtype
-    layers = adapter_layers(model)
+    layers = lora_layers(model)
 
     def logits() -> Tensor:
         return torch.cat([model(torch.tensor([prompt]))[0].float() for prompt in prompts])

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from minilora.qlora import fast
 from minilora.qlora.blockwise import NestedAbsmax, Quantized, check_complete
 from minilora.qlora.codebooks import NF4, Codebook
-from minilora.torch_lora.layers import LoRALayer, LoRALinear
+from minilora.torch_lora.adapter_layer import AdapterLayer
+from minilora.torch_lora.layers import LoRALinear
 
 
 class NF4Linear(nn.Module):
@@ -51,7 +52,7 @@ class NF4Linear(nn.Module):
     def __init__(self, linear: nn.Module, codebook: Codebook = NF4, block_size: int = 64, *, double: bool = True):
         super().__init__()
         if not isinstance(linear, nn.Linear):
-            wrapped = isinstance(linear, LoRALayer)
+            wrapped = isinstance(linear, AdapterLayer)
             hint = "take its adapter off first" if wrapped else "only the weight of an nn.Linear is quantized"
             raise TypeError(f"NF4Linear is made from an nn.Linear; this is a {type(linear).__name__}: {hint}")
         self._hold(fast.quantize(linear.weight, codebook, block_size, double=double))
@@ -185,6 +186,6 @@ def QLoRALinear(
     Raises:
         ValueError, TypeError: as LoRALinear and NF4Linear.
     """
-    if not isinstance(base, NF4Linear | LoRALayer):
+    if not isinstance(base, NF4Linear | AdapterLayer):
         base = NF4Linear(base, codebook, block_size, double=double)
     return LoRALinear(base, r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora, generator=generator)

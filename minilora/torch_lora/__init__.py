@@ -1,8 +1,9 @@
 """Layer 2: the handwritten LoRA module in PyTorch, put into any model by name, saved as PEFT saves."""
 
+from minilora.torch_lora.adapter_layer import merged
 from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.inject import count_parameters, inject, match_targets, remove, train_biases, train_modules
-from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALinear, merged
+from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALinear
 from minilora.torch_lora.peft_format import load_adapter, lora_layer, save_adapter
 from minilora.torch_lora.targets import default_targets
 

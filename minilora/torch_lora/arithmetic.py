@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minilora.torch_lora.inject import InjectReport, adapter_layers, inject
+from minilora.torch_lora.inject import InjectReport, adapter_layers, inject, lora_layers
 from minilora.torch_lora.layers import kind_of
 from minilora.torch_lora.peft_format import lora_layer
 from minilora.torch_lora.replaced import replaced_tensors
@@ -121,27 +121,15 @@ def updates_of(model: nn.Module) -> dict[str, Update]:
     Raises:
         ValueError: if the model has no adapter, or one whose update is not scaling · B A.
     """
-    layers = adapter_layers(model)
+    layers = lora_layers(model)
     if not layers:
         raise ValueError("this model has no adapter to take updates from: inject(model, targets, wrap) gives it one")
-    odd = {name: sorted(layer.adapter_tensors()) for name, layer in layers.items() if not is_plain(layer)}
-    if odd:
-        name, tensors = next(iter(odd.items()))
-        raise ValueError(
-            f"{len(odd)} layers hold more than A and B, the first is {name} with {tensors}: their update is not "
-            "scaling · B A, so no sum of them is defined here; merge such an adapter into the base instead"
-        )
     if replaced := replaced_tensors(model):
         raise ValueError(
             f"this adapter also replaces {len(replaced)} tensors of the base, such as {min(replaced)}: no sum of those "
             "is defined here; merge such an adapter into the base instead"
         )
     return {name: Update(y.A.detach().clone(), y.B.detach().clone(), y.scaling) for name, y in layers.items()}
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether an adapter layer's update is scaling · B A and no more."""
-    return set(layer.adapter_tensors()) == {"A", "B"}  # type: ignore[operator]
 
 
 def cat(adapters: Sequence[Adapter], weights: Sequence[float]) -> Combined:
@@ -221,7 +209,7 @@ def set_updates(
     r = max(update.r for update in updates.values())
     report = inject(model, [re.compile(re.escape(name)) for name in updates], lambda base: wrap(base, r=r, alpha=r))
     with torch.no_grad():
-        for name, layer in adapter_layers(model).items():
+        for name, layer in lora_layers(model).items():
             update = updates[name]
             layer.A.zero_()[: update.r] = update.A
             layer.B.zero_()[:, : update.r] = update.scaling * update.B

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from minilora.torch_lora.layers import LoRAConv1D, LoRALayer, LoRALinear, StoresNoFloats
+from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats
+from minilora.torch_lora.layers import LoRAConv1D, LoRALayer, LoRALinear
 from minilora.torch_lora.replaced import freeze, give_back, replace_tensors, replaced_tensors, warn_of_untying
 
 Target = str | re.Pattern[str]
@@ -93,7 +94,7 @@ def inject(
     hits = match_targets(model, targets)
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen = {name: modules[name] for names in hits.values() for name in names}
-    twice = [name for name, module in chosen.items() if isinstance(module, LoRALayer)]
+    twice = [name for name, module in chosen.items() if isinstance(module, AdapterLayer)]
     if twice:
         raise ValueError(
             f"{len(twice)} modules are wrapped already, the first is {twice[0]!r}: "
@@ -117,7 +118,7 @@ def remove(model: nn.Module) -> None:
     Raises:
         ValueError: if the model has no adapters.
     """
-    layers = {name: module for name, module in _outer_modules(model).items() if isinstance(module, LoRALayer)}
+    layers = {name: module for name, module in _outer_modules(model).items() if isinstance(module, AdapterLayer)}
     if not layers and not replaced_tensors(model):
         raise ValueError("this model has no adapters to remove")
     for name, layer in layers.items():
@@ -209,9 +210,26 @@ def _train_whole(model: nn.Module, names: list[str]) -> None:
         there[name].requires_grad_(there[name].is_floating_point())
 
 
-def adapter_layers(model: nn.Module) -> dict[str, LoRALayer]:
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Find the adapter layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Find a model's adapter layers, all of which have to be plain LoRA: A and B, and nothing beside them.
+
+    Raises:
+        ValueError: if one is of another method, whose effect A and B alone do not have.
+    """
+    layers = adapter_layers(model)
+    others = {name: layer for name, layer in layers.items() if layer.adapter_tensors().keys() != {"A", "B"}}
+    if others:
+        name, layer = next(iter(others.items()))
+        raise ValueError(
+            f"{len(others)} layers are not plain LoRA, the first is {name}, a {layer.describe()} with "
+            f"{sorted(layer.adapter_tensors())}: what they add is not scaling · B A; merge such an adapter instead"
+        )
+    return {name: layer for name, layer in layers.items() if isinstance(layer, LoRALayer)}
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -230,7 +248,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def _outer_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules by every name they have, without those inside an adapter layer."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    inside = tuple(f"{name}." if name else "" for name, module in modules.items() if isinstance(module, LoRALayer))
+    inside = tuple(f"{name}." if name else "" for name, module in modules.items() if isinstance(module, AdapterLayer))
     return {name: module for name, module in modules.items() if not (inside and name.startswith(inside))}
 
 
@@ -242,7 +260,7 @@ def _is_hit(target: Target, name: str, module: nn.Module, model: nn.Module) -> b
     if isinstance(target, re.Pattern):
         return target.fullmatch(name) is not None
     if target == ALL_LINEAR:
-        base = module.base if isinstance(module, LoRALayer) else module
+        base = module.base if isinstance(module, AdapterLayer) else module
         return _is_linear(base) and not _is_output_head(name, module, model)
     return name == target or name.endswith(f".{target}")
 

@@ -7,14 +7,11 @@
 
         h = base(x) + scaling · (dropout(x) Aᵀ) Bᵀ             [LoRA] eq. 3
 
-Read before this file: numpy_lora/forward, which is its oracle.
+Read before this file: numpy_lora/forward, which is its oracle; adapter_layer, which merges.
 """
 
-import copy
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,31 +21,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from minilora.cpu import Linear
 from minilora.torch_lora.adapted_weight import AdaptedWeight
+from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats
 from minilora.torch_lora.autograd import lora_linear
 from minilora.torch_lora.config import LoRAConfig
-from minilora.torch_lora.replaced import KEPT, freeze
+from minilora.torch_lora.replaced import freeze
 
 
-@runtime_checkable
-class StoresNoFloats(Protocol):
-    """A linear layer that keeps its weight in another form (4 bits, say) and can give it as floats, (out, in).
-
-    It is told by this one method. Like an nn.Linear it has in_features, out_features and bias; a check for these as
-    well would not find a bias that is a parameter (Python 3.12 and later look past nn.Module's own attributes).
-    """
-
-    def dense_weight(self, dtype: torch.dtype) -> Tensor: ...
-
-
-def dense_weight(base: Any, dtype: torch.dtype) -> Float[Tensor, "..."]:
-    """Give a base layer's weight as floats, however it is stored."""
-    if isinstance(base, StoresNoFloats):
-        return base.dense_weight(dtype)
-    return base.weight.detach().to(dtype)
-
-
-class LoRALayer(nn.Module):
-    """What the three layers share: A and B, and folding them into the base and out again.
+class LoRALayer(AdapterLayer):
+    """What the three layers share: A and B, and the weight that they make of the base's.
 
     A new layer changes nothing, because one of its matrices is zero. A and B are float32, where the base is, and are
     drawn from `generator` (torch's own where None).
@@ -57,10 +37,6 @@ class LoRALayer(nn.Module):
         TypeError: if the base is not of this layer's kind (names the layer that is).
         ValueError: for an impossible r, alpha or dropout, or if the base is an adapter layer already.
     """
-
-    base: Any  # an nn.Module, whose attributes depend on its kind
-    wraps: str  # the kind, in words
-    stores_in_by_out = False  # nn.Linear's weight is (out, in); the other two kinds store (in, out)
 
     def __init__(
         self,
@@ -83,13 +59,7 @@ class LoRALayer(nn.Module):
         self.A = nn.Parameter(torch.empty(r, in_features, device=device))
         self.B = nn.Parameter(torch.empty(out_features, r, device=device))
         self.initialize(generator)
-        self._kept: tuple[nn.Parameter, ...] = ()  # a tuple, so that it counts neither as a parameter nor as state
         freeze(base)  # last: whoever is refused leaves the base as it was
-
-    @staticmethod
-    def accepts(base: nn.Module) -> bool:
-        """Whether a base is of this layer's kind."""
-        raise NotImplementedError
 
     @staticmethod
     def features(base: Any) -> tuple[int, int]:
@@ -105,16 +75,6 @@ class LoRALayer(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
         self.B.zero_()
 
-    @property
-    def is_merged(self) -> bool:
-        """Whether the update is inside the base's weight now."""
-        return bool(self._kept)
-
-    @property
-    def unmerged_weight(self) -> nn.Parameter | None:
-        """The base's own weight while the layer is merged, kept to be put back."""
-        return self._kept[0] if self._kept else None
-
     def delta_weight(self) -> Float[Tensor, "rows columns"]:
         """Form the update in the layout of the base's weight.
 
@@ -123,84 +83,16 @@ class LoRALayer(nn.Module):
         delta = self.scaling * self.B @ self.A
         return delta.T if self.stores_in_by_out else delta
 
+    def adapt(self, W: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """Give W′ = W + ΔW."""
+        return W + self.delta_weight().to(W.dtype)
+
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Give what is trained, by our names."""
         return {"A": self.A, "B": self.B}
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the update into the base's weight, in place.
-
-        W′ = W + ΔW, summed in float32 (or wider) and rounded once to W's dtype
-
-        W itself is kept beside it (as many bytes as W has), so that unmerge gives it back bit for bit. A bias that the
-        adapter replaced (torch_lora/replaced) is in place before and after: merging does not touch it.
-
-        Raises:
-            RuntimeError: if the layer is merged already.
-            TypeError: if the base does not store floats.
-            ValueError: if A or B holds a NaN or an infinity.
-        """
-        if self.is_merged:
-            raise RuntimeError("this layer is merged already: a second merge would add the update twice")
-        if isinstance(self.base, StoresNoFloats):
-            raise TypeError(
-                f"cannot merge into {type(self.base).__name__}: it does not store floats; "
-                "fused() gives a new layer of floats with the update in it"
-            )
-        merged = self._summed_weight(self.base.weight.dtype)
-        self._kept = (self.base.weight,)
-        self.base.weight = nn.Parameter(merged, requires_grad=False)
-
-    def unmerge(self) -> None:
-        """Put back the weight that merge kept: the same parameter with the same bits.
-
-        Where the layer was moved to another device or dtype since, its copy there.
-
-        Raises:
-            RuntimeError: if the layer is not merged.
-        """
-        if not self._kept:
-            raise RuntimeError("this layer is not merged: there is nothing to undo")
-        (kept,), self._kept = self._kept, ()
-        here = kept.detach().to(self.base.weight)
-        same = here.data_ptr() == kept.data_ptr()
-        self.base.weight = kept if same else nn.Parameter(here, requires_grad=False)
-
-    @torch.no_grad()
-    def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Make a new layer of the base's kind, of floats, with the update in its weight; this one is left as it was.
-
-        The dtype is the base's own unless given. A base that stores no floats becomes an nn.Linear, of float32 unless
-        a dtype is given. A bias that the adapter replaced is in the new layer.
-        """
-        if isinstance(self.base, StoresNoFloats):
-            return self._fused_linear(dtype or torch.float32)
-        weight = self.base.weight
-        new_weight = weight.detach().clone() if self.is_merged else self._summed_weight(dtype or weight.dtype)
-        # deepcopy takes what its memo holds for an object instead of copying it: the old weight is never duplicated
-        layer = copy.deepcopy(self.base, {id(weight): nn.Parameter(new_weight, requires_grad=False)})
-        vars(layer).pop(KEPT, None)  # the new layer has no adapter, so nothing to give back
-        layer.requires_grad_(False)
-        return layer if dtype is None else layer.to(dtype)
-
-    def _fused_linear(self, dtype: torch.dtype) -> nn.Linear:
-        bias = self.base.bias
-        linear = nn.Linear(self.base.in_features, self.base.out_features, bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(self._summed_weight(dtype), requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
-        return linear
-
-    def _summed_weight(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-        wide = torch.promote_types(dtype, self.A.dtype)
-        delta = self.delta_weight()
-        if not torch.isfinite(delta).all():
-            raise ValueError(
-                "the update holds NaN or infinite values, so merging it would destroy the weight: "
-                "find the training step that made them (a smaller learning rate, gradient clipping)"
-            )
-        return (dense_weight(self.base, wide) + delta.to(wide)).to(dtype)
+    def describe(self) -> str:
+        return f"{type(self).__name__} with r={self.r}"
 
     def extra_repr(self) -> str:
         rslora = ", use_rslora=True" if self.use_rslora else ""
@@ -241,9 +133,9 @@ class LoRALinear(LoRALayer):
             return self.base.weight
         if isinstance(self.base, StoresNoFloats):
             shape = torch.Size((len(self.B), self.A.shape[1]))
-            return AdaptedWeight.of(self.A, shape, lambda: self._summed_weight(self.A.dtype))
+            return AdaptedWeight.of(self.A, shape, lambda: self.merged_weight(self.A.dtype))
         W = self.base.weight
-        return AdaptedWeight.of(W, W.shape, lambda: self._summed_weight(W.dtype))
+        return AdaptedWeight.of(W, W.shape, lambda: self.merged_weight(W.dtype))
 
     @property
     def bias(self) -> Tensor | None:
@@ -331,9 +223,9 @@ def refuse_unfit(base: nn.Module, layer: type[LoRALayer]) -> None:
         ValueError: if the base is an adapter layer already.
         TypeError: if it is of another kind.
     """
-    if isinstance(base, LoRALayer):
+    if isinstance(base, AdapterLayer):
         raise ValueError(
-            f"this layer is wrapped already (a {type(base).__name__} with r={base.r}): "
+            f"this layer is wrapped already (a {base.describe()}): "
             "train that adapter on, or take it off first with remove(model)"
         )
     if not layer.accepts(base):
@@ -378,18 +270,3 @@ def autocasts(x: Tensor) -> bool:
 def is_conv1d(module: nn.Module) -> bool:
     """Tell GPT-2's Conv1D, by its name and what it holds: transformers need not be installed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-@contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
-    """Merge every LoRA layer of a model (or one layer) for the length of a `with`, and unmerge them after it.
-
-    Layers that were merged before stay merged. The weights after it are, bit for bit, those before it, also where
-    the body, or one of the merges, raises.
-    """
-    with ExitStack() as undo:
-        for layer in model.modules():
-            if isinstance(layer, LoRALayer) and not layer.is_merged:
-                layer.merge()
-                undo.callback(layer.unmerge)
-        yield

@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats, dense_weight
 from minilora.torch_lora.arithmetic import Distance, overall
 from minilora.torch_lora.inject import adapter_layers
-from minilora.torch_lora.layers import LoRALayer, StoresNoFloats, dense_weight
 from minilora.torch_lora.replaced import keep_for_good
 
 ERASED = 0.5  # an error, in units of the adapter's effect: see above
@@ -136,8 +136,8 @@ def merged_state(model: nn.Module, dtype: torch.dtype, report: MergeReport) -> I
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
-        own = module.base if isinstance(module, LoRALayer) else module
-        if isinstance(module, LoRALayer):
+        own = module.base if isinstance(module, AdapterLayer) else module
+        if isinstance(module, AdapterLayer):
             weight, report.layers[name] = merged_weight(module, dtype)
             yield f"{name}.weight", weight
             del weight  # before the next one is made
@@ -176,7 +176,7 @@ def measure(
     return LayerMerge(Distance(error**0.5, effect**0.5), changed, W.numel())
 
 
-def _fold(layer: LoRALayer, dtype: torch.dtype | None, store: Store | None) -> tuple[nn.Module, LayerMerge]:
+def _fold(layer: AdapterLayer, dtype: torch.dtype | None, store: Store | None) -> tuple[nn.Module, LayerMerge]:
     base = layer.base
     weight, report = merged_weight(layer, dtype)
     if isinstance(base, StoresNoFloats) or store is not None:
@@ -193,7 +193,7 @@ def _fold(layer: LoRALayer, dtype: torch.dtype | None, store: Store | None) -> t
     return base, report
 
 
-def merged_weight(layer: LoRALayer, dtype: torch.dtype | None) -> tuple[Tensor, LayerMerge]:
+def merged_weight(layer: AdapterLayer, dtype: torch.dtype | None) -> tuple[Tensor, LayerMerge]:
     """Give W + ΔW rounded once, in the dtype or in the base's own, and what the rounding took; the layer stays."""
     W, delta = _own_weight(layer), layer.delta_weight().detach()
     made = torch.empty_like(W, dtype=dtype or W.dtype)
@@ -202,7 +202,7 @@ def merged_weight(layer: LoRALayer, dtype: torch.dtype | None) -> tuple[Tensor, 
     return made, measure(W, delta, made)
 
 
-def _own_weight(layer: LoRALayer) -> Tensor:
+def _own_weight(layer: AdapterLayer) -> Tensor:
     """The weight of the base without the update: as it is stored, or in float32 where it is stored in no floats."""
     if layer.unmerged_weight is not None:
         return layer.unmerged_weight.detach().to(layer.base.weight.device)
@@ -219,7 +219,7 @@ def _sums(W: Tensor, delta: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, W[rows].double() + delta[rows].double()
 
 
-def _refuse_unmergeable(layers: dict[str, LoRALayer], dtype: torch.dtype | None) -> None:
+def _refuse_unmergeable(layers: dict[str, AdapterLayer], dtype: torch.dtype | None) -> None:
     if not layers:
         raise ValueError("this model has no adapter to merge: load_adapter(model, folder) gives it one")
     if "" in layers:

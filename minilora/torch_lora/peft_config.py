@@ -26,7 +26,6 @@ PATTERN_LIMIT = 10_000  # more than any model has layers: each is compared with 
 
 # Keys that change what an adapter computes in a way this reader does not follow: refused unless empty.
 REFUSED = {
-    "use_dora": "DoRA rescales the rows of the weight; this reader knows plain LoRA",
     "trainable_token_indices": "it replaces rows of the embedding",
     "layer_replication": "it repeats layers of the base",
     "target_parameters": "it adapts bare parameters, not modules",
@@ -51,7 +50,7 @@ HARMLESS = {
 }  # fmt: skip
 READ = {
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r",
-    "rank_pattern", "use_rslora",
+    "rank_pattern", "use_dora", "use_rslora",
 }  # fmt: skip
 BIASES = ("none", "all", "lora_only")
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal")  # the others (PiSSA, OLoRA, …) move part of W into A and B
@@ -65,6 +64,7 @@ class AdapterConfig:
     rank_pattern: Mapping[NamePattern, int] = field(default_factory=dict)
     alpha_pattern: Mapping[NamePattern, float] = field(default_factory=dict)
     bias: str = "none"
+    use_dora: bool = False  # each layer has a magnitude m as well: methods/dora
     modules_to_save: tuple[str, ...] = ()
 
     def settings_of(self, name: str) -> LoRAConfig:
@@ -104,6 +104,7 @@ def read_config(path: Path) -> AdapterConfig:
         rank_pattern={parse_pattern(text): r for text, r in (config.get("rank_pattern") or {}).items()},
         alpha_pattern={parse_pattern(text): alpha for text, alpha in (config.get("alpha_pattern") or {}).items()},
         bias=config.get("bias", "none"),
+        use_dora=bool(config.get("use_dora")),
         modules_to_save=tuple(config.get("modules_to_save") or ()),
     )
 
@@ -186,8 +187,11 @@ def _problems(config: dict[str, Any]) -> list[str]:
         problems.append(say("bias", f"one of {BIASES} is needed"))
     if config.get("init_lora_weights", True) not in PLAIN_INITS:
         problems.append(say("init_lora_weights", "it moves part of the base's weight into the adapter"))
-    if not isinstance(config.get("use_rslora"), bool | None):
-        problems.append(say("use_rslora", "true or false is needed"))
+    problems += [
+        say(key, "true or false is needed")
+        for key in ("use_dora", "use_rslora")
+        if not isinstance(config.get(key), bool | None)
+    ]
     problems += [
         say(key, "a number is needed")
         for key in ("r", "lora_alpha", "lora_dropout")

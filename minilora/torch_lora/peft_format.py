@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from minilora.files import with_sorted_metadata, write_whole
+from minilora.torch_lora.adapter_layer import StoresNoFloats
 from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.inject import (
     InjectReport,
@@ -29,7 +30,7 @@ from minilora.torch_lora.inject import (
     inject,
     refuse_to_train_without_floats,
 )
-from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, StoresNoFloats, kind_of
+from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, kind_of
 from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, config_of, read_config
 from minilora.torch_lora.peft_tensors import fit_adapter, matrices_by_key, read_tensors
 from minilora.torch_lora.peft_whole import in_model, whole_to_write
@@ -62,13 +63,10 @@ def save_adapter(
         ValueError: if the model has no adapter, its layers or biases differ in a way that PEFT's config has no words
             for, or a value in it is NaN or infinite; nothing is written then.
     """
-    layers = adapter_layers(model)
+    layers = lora_like(adapter_layers(model))
     if not layers:
         raise ValueError("this model has no adapter to save: inject(model, targets, wrap) gives it one")
-    more = {name: names for name, layer in layers.items() if (names := layer.adapter_tensors().keys() - {"A", "B"})}
-    if more:
-        name, tensors_of_it = next(iter(more.items()))
-        raise ValueError(f"{name} trains {sorted(tensors_of_it)} beside A and B: this writer knows plain LoRA")
+    use_dora = _trains_magnitudes(layers)
     whole, bias, modules = whole_to_write(model)
     config = config_of(layers, _shortest_targets(model, layers)) | {
         "base_model_name_or_path": base_name,
@@ -77,6 +75,7 @@ def save_adapter(
         "modules_to_save": modules or None,
         "task_type": task_type,
     }
+    config |= {"use_dora": True} if use_dora else {}  # older versions of PEFT know few keys
     matrices = {k: tensor for name, layer in layers.items() for k, tensor in matrices_by_key(name, layer).items()}
     tensors = {key: tensor.float() for key, tensor in matrices.items()} | whole
     write_adapter(folder, config, tensors, {"base_sha256": base_sha256} if base_sha256 else {})
@@ -128,6 +127,7 @@ def load_adapter(
     tensors, metadata = read_tensors(folder / TENSOR_FILE)
     pairs, whole = fit_adapter(model, tensors, config)
     settings = {name: config.settings_of(name) for name in pairs}
+    _refuse_another_method(adapter_layers(model), config)
     _refuse_other_settings(model, settings)
     _refuse_merged(model)
     if train_replaced:
@@ -136,17 +136,17 @@ def load_adapter(
     _warn_of_another_base(metadata.get("base_sha256"), base_sha256)
     warn_of_untying(model, in_model(model, whole).keys() - replaced_tensors(model).keys())
     if not adapter_layers(model):
-        _inject_by_name(model, settings, wrap, set(whole) if train_replaced else set())
-    layers = adapter_layers(model)
+        _inject_by_name(model, config, sorted(pairs), wrap, set(whole) if train_replaced else set())
+    layers = lora_like(adapter_layers(model))
     with torch.no_grad():
         for name, pair in pairs.items():
-            layers[name].A.copy_(pair["A"])
-            layers[name].B.copy_(pair["B"])
+            for ours, tensor in layers[name].adapter_tensors().items():
+                tensor.copy_(pair[ours])
     replace_tensors(model, in_model(model, whole), trainable=train_replaced)
     return InjectReport(_hits_by_leaf(sorted(pairs)), count_parameters(model))
 
 
-def _shortest_targets(model: nn.Module, layers: dict[str, LoRALayer]) -> list[str]:
+def _shortest_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     """Name the layers by their last parts, or by their whole names where the last parts hit other modules too."""
     leaves = {name.rpartition(".")[2] for name in layers}
     inside = tuple(f"{name}." for name in layers)
@@ -155,24 +155,68 @@ def _shortest_targets(model: nn.Module, layers: dict[str, LoRALayer]) -> list[st
 
 
 def _inject_by_name(
-    model: nn.Module, settings: Mapping[str, LoRAConfig], wrap: Callable[..., nn.Module], trained: set[str]
+    model: nn.Module, config: AdapterConfig, layers: list[str], wrap: Callable[..., nn.Module], trained: set[str]
 ) -> None:
     """Wrap each layer with its own settings; refuse a base that would give no gradient to a bias that is to train."""
-    names = {id(model.get_submodule(name)): name for name in settings}
+    names = {id(model.get_submodule(name)): name for name in layers}
 
     def wrap_one(base: nn.Module) -> nn.Module:
-        its, bias = settings[names[id(base)]], f"{names[id(base)]}.bias"
+        its, bias = config.settings_of(names[id(base)]), f"{names[id(base)]}.bias"
         layer = wrap(base, r=its.r, alpha=its.alpha, dropout=its.dropout, use_rslora=its.use_rslora)
+        _refuse_another_method({names[id(base)]: layer}, config)
         if bias in trained and isinstance(layer.base, StoresNoFloats):
             kind = type(layer.base).__name__
             raise ValueError(f"{bias} cannot train: {kind} gives it no gradient; load with train_replaced=False")
         return layer
 
-    inject(model, [re.compile(re.escape(name)) for name in settings], wrap_one)
+    inject(model, [re.compile(re.escape(name)) for name in layers], wrap_one)
+
+
+def lora_like(layers: Mapping[str, nn.Module]) -> dict[str, LoRALayer]:
+    """The same layers, all of which have to be LoRA's, or DoRA's with an m more.
+
+    Raises:
+        ValueError: naming the first that is of another method.
+    """
+    found = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALayer)}
+    odd = [name for name in layers if name not in found or found[name].adapter_tensors().keys() - {"A", "B", "m"}]
+    if odd:
+        raise ValueError(f"{odd[0]} is a {type(layers[odd[0]]).__name__}: an adapter file of LoRA has no words for it")
+    return found
+
+
+def _trains_magnitudes(layers: Mapping[str, nn.Module]) -> bool:
+    """Whether these are layers of DoRA, with an m beside A and B, or of LoRA; PEFT's config has one word for all.
+
+    Raises:
+        ValueError: if some are and others are not, or they are neither.
+    """
+    tensors = {name: layer.adapter_tensors().keys() for name, layer in lora_like(layers).items()}
+    first, others = next(iter(tensors)), [name for name in tensors if tensors[name] != next(iter(tensors.values()))]
+    if others:
+        raise ValueError(
+            f"{first} trains {sorted(tensors[first])}, {others[0]} trains {sorted(tensors[others[0]])}: "
+            "PEFT's config has one use_dora for all layers"
+        )
+    return "m" in tensors[first]
+
+
+def _refuse_another_method(layers: Mapping[str, nn.Module], config: AdapterConfig) -> None:
+    """Refuse layers whose tensors are not those of the file: LoRA's where that has DoRA's, or the reverse.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    if layers and _trains_magnitudes(layers) != config.use_dora:
+        name, layer = next(iter(layers.items()))
+        way_out = "wrap=minilora.methods.dora_layer makes" if config.use_dora else "wrap=lora_layer makes"
+        raise ValueError(
+            f"the file's use_dora is {config.use_dora}, but {name} is a {type(layer).__name__}: {way_out} its layers"
+        )
 
 
 def _refuse_other_settings(model: nn.Module, settings: dict[str, LoRAConfig]) -> None:
-    layers = adapter_layers(model)
+    layers = lora_like(adapter_layers(model))
     ours = {name: (layer.r, layer.alpha, layer.use_rslora) for name, layer in layers.items()}
     theirs = {name: (its.r, its.alpha, its.use_rslora) for name, its in settings.items()}
     other = [name for name in ours if ours[name] != theirs[name]]

@@ -2,6 +2,7 @@
 
     A, B of a linear layer       base_model.model.<path>.lora_A.weight, .lora_B.weight
     A, B of an embedding         base_model.model.<path>.lora_embedding_A, .lora_embedding_B   (no ".weight")
+    m, DoRA's magnitude          base_model.model.<path>.lora_magnitude_vector                 (nor here)
 
 Names are compared as text with the model's own: none becomes a path or a pattern. What is no LoRA matrix goes to
 peft_whole. Read before this file: peft_config, peft_whole.
@@ -20,17 +21,18 @@ from minilora.torch_lora.peft_whole import PREFIX, fit_whole, is_finite_in
 
 LINEAR_SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 EMBEDDING_SUFFIXES = {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
+DORA_SUFFIXES = LINEAR_SUFFIXES | {"m": ".lora_magnitude_vector"}
 
 
 def matrices_by_key(name: str, layer: LoRALayer) -> dict[str, Tensor]:
-    """A layer's A and B by PEFT's names."""
+    """A layer's tensors by PEFT's names."""
     kind = LoRAEmbedding if isinstance(layer, LoRAEmbedding) else LoRALinear
     return {key_of(name, ours, kind): tensor for ours, tensor in layer.adapter_tensors().items()}
 
 
 def key_of(name: str, ours: str, kind: type[LoRALayer] = LoRALinear) -> str:
-    """PEFT's name for a layer's "A" or "B"."""
-    return f"{PREFIX}{name}{(EMBEDDING_SUFFIXES if kind is LoRAEmbedding else LINEAR_SUFFIXES)[ours]}"
+    """PEFT's name for a layer's "A", "B" or "m"."""
+    return f"{PREFIX}{name}{(EMBEDDING_SUFFIXES if kind is LoRAEmbedding else DORA_SUFFIXES)[ours]}"
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -75,7 +77,8 @@ def fit_adapter(
             problems += problem
             if not problem:
                 pairs.setdefault(name, {})[ours] = tensor
-    problems += [f"{name}: has {next(iter(p))} alone, A and B are needed" for name, p in pairs.items() if len(p) < 2]
+    needed = ["A", "B", "m"] if config.use_dora else ["A", "B"]
+    problems += [f"{name}: has {sorted(p)}, {needed} are needed" for name, p in pairs.items() if sorted(p) != needed]
     adapted = adapter_layers(model)
     problems += [f"{name}: missing from the file" for name in adapted if name not in pairs]
     problems += [f"{name}: has no adapter in the model" for name in pairs if adapted and name not in adapted]
@@ -87,8 +90,8 @@ def fit_adapter(
 
 
 def _matrix_named(key: str) -> tuple[str, str, type[LoRALayer]]:
-    """Read a key of the file: the layer's name, "A" or "B", and the kind; an empty name where it is no LoRA matrix."""
-    for kind, suffixes in ((LoRALinear, LINEAR_SUFFIXES), (LoRAEmbedding, EMBEDDING_SUFFIXES)):
+    """Read a key of the file: the layer's name, "A", "B" or "m", and the kind; no name where it is none."""
+    for kind, suffixes in ((LoRALinear, DORA_SUFFIXES), (LoRAEmbedding, EMBEDDING_SUFFIXES)):
         for ours, suffix in suffixes.items():
             if key.startswith(PREFIX) and key.endswith(suffix):
                 return key[len(PREFIX) : -len(suffix)], ours, kind
@@ -97,6 +100,9 @@ def _matrix_named(key: str) -> tuple[str, str, type[LoRALayer]]:
 
 def _misfit(key: str, tensor: Tensor, ours: str, r: int, features: tuple[int, int], dtype: torch.dtype) -> list[str]:
     in_features, out_features = features
+    if ours == "m":
+        fits = tuple(tensor.shape) == (out_features,)
+        return [] if fits and is_finite_in(tensor, dtype) else [f"{key}: {out_features} finite floats are needed"]
     expected, axis = ((r, in_features), 0) if ours == "A" else ((out_features, r), 1)
     shape = tuple(tensor.shape)
     if len(shape) == 2 and shape != expected and shape[1 - axis] == expected[1 - axis]:

@@ -145,6 +145,8 @@ def served_config(folder: Path) -> AdapterConfig:
     """
     path = folder / CONFIG_FILE
     config = read_config(path)
+    if config.use_dora:
+        raise ValueError(f"{path} says use_dora: DoRA rescales what the base returns, for each row; merge it instead")
     replaces = {"bias": config.bias if config.bias != "none" else "", "modules_to_save": config.modules_to_save}
     if any(replaces.values()):
         said = " and ".join(f"{key} = {value!r}" for key, value in replaces.items() if value)

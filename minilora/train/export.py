@@ -21,8 +21,8 @@ from minilora.llm.load import load_model
 from minilora.llm.model import Decoder
 from minilora.llm.write_gguf import KINDS, Pair, Written, write_adapter, write_model
 from minilora.torch_lora import load_adapter
-from minilora.torch_lora.inject import adapter_layers
-from minilora.torch_lora.layers import LoRALayer, dense_weight
+from minilora.torch_lora.adapter_layer import AdapterLayer, dense_weight
+from minilora.torch_lora.inject import adapter_layers, lora_layers
 from minilora.train.templates import with_trained_template
 
 ADAPTER = "adapter"  # the kind that is no model
@@ -79,7 +79,7 @@ def adapter_pairs(model: Decoder) -> dict[str, Pair]:
     """A, B and the scaling of every adapter layer, by name, as plain arrays."""
     return {
         name: (layer.A.detach().float().cpu().numpy(), layer.B.detach().float().cpu().numpy(), float(layer.scaling))
-        for name, layer in adapter_layers(model).items()
+        for name, layer in lora_layers(model).items()
     }
 
 
@@ -93,7 +93,7 @@ def merged_weight(model: Decoder, name: str) -> Float[ndarray, "..."]:
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    plain: Any = module.fused(torch.float32) if isinstance(module, LoRALayer) else module
+    plain: Any = module.fused(torch.float32) if isinstance(module, AdapterLayer) else module
     w = plain.bias.float() if leaf == "bias" else dense_weight(plain, torch.float32)
     return w.detach().cpu().numpy()
 

@@ -53,7 +53,7 @@ def test_gradients_reach_a_and_b_as_through_the_layer():
 def test_dtype_shape_and_device_are_told_without_forming_it(base, dtype, monkeypatch):
     layer = lora_layer(base.to(dtype), r=2, alpha=4)
     like = layer.base.weight
-    monkeypatch.setattr(layer, "_summed_weight", lambda dtype: pytest.fail("the weight was formed"))
+    monkeypatch.setattr(layer, "merged_weight", lambda dtype: pytest.fail("the weight was formed"))
     weight = layer.weight
 
     assert isinstance(weight, torch.Tensor)

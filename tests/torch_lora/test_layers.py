@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from minilora.qlora import NF4Linear
 from minilora.torch_lora import LoRAConfig, LoRAConv1D, LoRAEmbedding, LoRALinear, inject, merged
-from minilora.torch_lora.layers import LoRALayer, StoresNoFloats, kind_of
+from minilora.torch_lora.adapter_layer import StoresNoFloats
+from minilora.torch_lora.layers import LoRALayer, kind_of
 
 TOKENS = torch.tensor([[1, 5, 0], [6, 6, 2]])
 

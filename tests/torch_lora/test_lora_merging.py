@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from minilora.qlora import NF4Linear, QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, lora_layer
 from minilora.torch_lora import merging as module
+from minilora.torch_lora.adapter_layer import dense_weight
 from minilora.torch_lora.inject import adapter_layers
-from minilora.torch_lora.layers import dense_weight
 from minilora.torch_lora.merging import MergeReport, measure, merge_model, merged_state
 from minilora.torch_lora.replaced import replace_tensors, replaced_tensors
 

@@ -199,8 +199,8 @@ def test_all_mismatches_are_listed_at_once_and_nothing_is_changed(saved):
         "  base_model.model.q_proj.lora_A.weight: shape (2, 9), the model has (2, 8)",
         "  base_model.model.q_proj.magnitude: not the name of a LoRA matrix, "
         "nor of a tensor that the config says is replaced",
-        "  q_proj: has B alone, A and B are needed",
-        "  v_proj: has A alone, A and B are needed",
+        "  q_proj: has ['B'], ['A', 'B'] are needed",
+        "  v_proj: has ['A'], ['A', 'B'] are needed",
     ]
     assert type(model.q_proj) is type(model.v_proj) is nn.Linear
 
@@ -291,7 +291,7 @@ def test_a_config_of_absurd_size_is_not_read(saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora = True: DoRA rescales the rows"),
+        ({"use_dora": True}, r"q_proj: has \['A', 'B'\], \['A', 'B', 'm'\] are needed"),
         ({"rank_pattern": {"q_proj": 4}}, "q_proj.lora_A.weight: its r is 2, the config gives this layer 4"),
         ({"rank_pattern": {"q|v": 2}}, r"rank_pattern\['q\|v'\]: '\|' is not read here"),
         ({"rank_pattern": {"q_proj": 2.0}}, r"rank_pattern\['q_proj'\]: 2.0 is not a whole number"),
@@ -326,7 +326,7 @@ def test_a_config_that_asks_for_more_than_plain_lora_is_refused_with_the_reason(
 
 
 def test_all_refused_keys_are_named_at_once(saved):
-    edit_config(saved, use_dora=True, bias="some", use_something_new=1)
+    edit_config(saved, use_dora=1, bias="some", use_something_new=1)
 
     with pytest.raises(ValueError) as error:
         load_adapter(Model(), saved)

@@ -1,0 +1,5 @@
+"""The family: what others made of LoRA, one paper a file, each over a whole layer or model of the base."""
+
+from minilora.methods.dora import DoRAConv1D, DoRALinear, dora_layer
+
+__all__ = ["DoRAConv1D", "DoRALinear", "dora_layer"]

@@ -1,0 +1,182 @@
+"""What every layer that stands over one of the base's has in common: it keeps the base whole, and can merge with it.
+
+    base            the frozen module under the adapter, which may store its weight in another form (4 bits, say)
+    adapt(W)        the weight that the adapter makes of the base's:  W′ = adapt(W),  ΔW = W′ − W
+    merge, unmerge  put W′ in W's place, and W back, bit for bit; fused() makes a new layer of W′
+
+What the layer computes, and what it trains, is each method's own: torch_lora/layers has LoRA's. Read before this file:
+nothing.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minilora.torch_lora.replaced import KEPT
+
+
+@runtime_checkable
+class StoresNoFloats(Protocol):
+    """A linear layer that keeps its weight in another form (4 bits, say) and can give it as floats, (out, in).
+
+    It is told by this one method. Like an nn.Linear it has in_features, out_features and bias; a check for these as
+    well would not find a bias that is a parameter (Python 3.12 and later look past nn.Module's own attributes).
+    """
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor: ...
+
+
+def dense_weight(base: Any, dtype: torch.dtype) -> Float[Tensor, "..."]:
+    """Give a base layer's weight as floats, however it is stored."""
+    if isinstance(base, StoresNoFloats):
+        return base.dense_weight(dtype)
+    return base.weight.detach().to(dtype)
+
+
+class AdapterLayer(nn.Module):
+    """A layer over a frozen base, in whose place it stands: `inject` puts it there, and `remove` takes it away.
+
+    What is a tensor of the adapter says `adapter_tensors`; all of it is float32.
+    """
+
+    base: Any  # an nn.Module, whose attributes depend on its kind
+    wraps: str  # the kind of base, in words
+    _kept: tuple[nn.Parameter, ...] = ()  # a tuple, so that it counts neither as a parameter nor as state
+    stores_in_by_out = False  # nn.Linear's weight is (out, in); GPT-2's Conv1D and an embedding store (in, out)
+
+    @staticmethod
+    def accepts(base: nn.Module) -> bool:
+        """Whether a base is of this layer's kind."""
+        raise NotImplementedError
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Give what is trained, by our names."""
+        raise NotImplementedError
+
+    def adapt(self, W: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """Give W′, in W's layout and in its dtype or a wider one.
+
+        Raises:
+            TypeError: if no weight computes what the method does.
+        """
+        raise NotImplementedError
+
+    def delta_weight(self) -> Float[Tensor, "rows columns"]:
+        """Form the update in the layout of the base's weight: ΔW = W′ − W."""
+        W = dense_weight(self.base, torch.float32) if self.unmerged_weight is None else self.unmerged_weight.float()
+        return self.adapt(W) - W
+
+    def describe(self) -> str:
+        """The kind and its settings, for messages."""
+        return type(self).__name__
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the update is inside the base's weight now."""
+        return bool(self._kept)
+
+    @property
+    def unmerged_weight(self) -> nn.Parameter | None:
+        """The base's own weight while the layer is merged, kept to be put back."""
+        return self._kept[0] if self._kept else None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the update into the base's weight, in place.
+
+        W′ = adapt(W), computed in float32 (or wider) and rounded once to W's dtype
+
+        W itself is kept beside it (as many bytes as W has), so that unmerge gives it back bit for bit. A bias that the
+        adapter replaced (torch_lora/replaced) is in place before and after: merging does not touch it.
+
+        Raises:
+            RuntimeError: if the layer is merged already.
+            TypeError: if the base does not store floats, or no weight has the adapter's effect.
+            ValueError: if W′ would hold a NaN or an infinity.
+        """
+        if self.is_merged:
+            raise RuntimeError("this layer is merged already: a second merge would add the update twice")
+        if isinstance(self.base, StoresNoFloats):
+            raise TypeError(
+                f"cannot merge into {type(self.base).__name__}: it does not store floats; "
+                "fused() gives a new layer of floats with the update in it"
+            )
+        merged = self.merged_weight(self.base.weight.dtype)
+        self._kept = (self.base.weight,)
+        self.base.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put back the weight that merge kept: the same parameter with the same bits.
+
+        Where the layer was moved to another device or dtype since, its copy there.
+
+        Raises:
+            RuntimeError: if the layer is not merged.
+        """
+        if not self._kept:
+            raise RuntimeError("this layer is not merged: there is nothing to undo")
+        (kept,), self._kept = self._kept, ()
+        here = kept.detach().to(self.base.weight)
+        same = here.data_ptr() == kept.data_ptr()
+        self.base.weight = kept if same else nn.Parameter(here, requires_grad=False)
+
+    @torch.no_grad()
+    def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Make a new layer of the base's kind, of floats, with the update in its weight; this one is left as it was.
+
+        The dtype is the base's own unless given. A base that stores no floats becomes an nn.Linear, of float32 unless
+        a dtype is given. A bias that the adapter replaced is in the new layer.
+        """
+        if isinstance(self.base, StoresNoFloats):
+            return self._fused_linear(dtype or torch.float32)
+        weight = self.base.weight
+        new_weight = weight.detach().clone() if self.is_merged else self.merged_weight(dtype or weight.dtype)
+        # deepcopy takes what its memo holds for an object instead of copying it: the old weight is never duplicated
+        layer = copy.deepcopy(self.base, {id(weight): nn.Parameter(new_weight, requires_grad=False)})
+        vars(layer).pop(KEPT, None)  # the new layer has no adapter, so nothing to give back
+        layer.requires_grad_(False)
+        return layer if dtype is None else layer.to(dtype)
+
+    def _fused_linear(self, dtype: torch.dtype) -> nn.Linear:
+        bias = self.base.bias
+        linear = nn.Linear(self.base.in_features, self.base.out_features, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.merged_weight(dtype), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+        return linear
+
+    def merged_weight(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+        """Form W′, computed in float32 (or wider) and rounded once to `dtype`.
+
+        Raises:
+            ValueError: if it holds a NaN or an infinity.
+        """
+        wide = functools.reduce(torch.promote_types, (t.dtype for t in self.adapter_tensors().values()), dtype)
+        merged = self.adapt(dense_weight(self.base, wide))
+        if not torch.isfinite(merged).all():
+            raise ValueError(
+                "the update holds NaN or infinite values, so merging it would destroy the weight: "
+                "find the training step that made them (a smaller learning rate, gradient clipping)"
+            )
+        return merged.to(dtype)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Merge every adapter layer of a model (or one layer) for the length of a `with`, and unmerge them after it.
+
+    Layers that were merged before stay merged. The weights after it are, bit for bit, those before it, also where
+    the body, or one of the merges, raises.
+    """
+    with ExitStack() as undo:
+        for layer in model.modules():
+            if isinstance(layer, AdapterLayer) and not layer.is_merged:
+                layer.merge()
+                undo.callback(layer.unmerge)
+        yield
