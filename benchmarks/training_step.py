@@ -38,6 +38,8 @@ CASES = {  # method, dtype
     "lora-bf16": ("lora", "bfloat16"),
     "lora-fp32": ("lora", "float32"),
     "qlora-fp32": ("qlora", "float32"),
+    "dora-bf16": ("dora", "bfloat16"),
+    "dora-fp32": ("dora", "float32"),
     "qlora-bf16-checkpointing": ("qlora", "bfloat16"),
 }
 DEFAULT_CASES = ["qlora-bf16", "qlora-bf16-checkpointing", "lora-bf16", "lora-fp32"]
@@ -149,6 +151,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def ours(method: str, dtype: Any, options: argparse.Namespace) -> tuple[Any, Callable[[Any], Any], Any]:
     from minilora.llm import load_model
+    from minilora.methods import DoRALinear
     from minilora.qlora import PagedAdamW, QLoRALinear
     from minilora.torch_lora import LoRALinear, inject
     from minilora.train.data import Batch
@@ -156,7 +159,7 @@ def ours(method: str, dtype: Any, options: argparse.Namespace) -> tuple[Any, Cal
 
     model, _ = load_model("smollm2-135m", dtype=dtype)
     del model.model.layers[options.layers :]
-    wrap = {"lora": LoRALinear, "qlora": QLoRALinear}[method]
+    wrap = {"lora": LoRALinear, "qlora": QLoRALinear, "dora": DoRALinear}[method]
     inject(model, "all-linear", lambda base: wrap(base, r=options.r, alpha=2 * options.r))
     model.model.gradient_checkpointing = options.cases[0].endswith("checkpointing")
     return model.train(), lambda tokens: loss_of(model, Batch(tokens, tokens)), partial(PagedAdamW, lr=1e-4)
@@ -182,7 +185,8 @@ def peft(method: str, dtype: Any, options: argparse.Namespace) -> tuple[Any, Cal
     )
     del base.model.layers[options.layers :]
     base.config.use_cache = False
-    config = LoraConfig(r=options.r, lora_alpha=2 * options.r, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = {"r": options.r, "lora_alpha": 2 * options.r, "use_dora": method == "dora"}
+    config = LoraConfig(**settings, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     make_optimizer = partial(torch.optim.AdamW, lr=1e-4, fused=True)
     return model.train(), lambda tokens: model(input_ids=tokens, labels=tokens).loss, make_optimizer
