@@ -90,7 +90,23 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=("lora", "qlora"), default="lora", help="over the weights or 4 bits (default %(default)s)")
     add("-r", "--r", type=int, default=16, metavar="RANK", help="rank of the adapter (default %(default)s)")
     add("--alpha", type=float, metavar="A", help="the update is scaled by alpha / r (default 2 r)")
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(r) instead: rsLoRA")
+    add(
+        "--targets",
+        default="all-linear",
+        metavar="NAMES",
+        help="modules under adapters, such as q_proj,v_proj (default %(default)s)",
+    )
     add("--lr", type=float, default=2e-4, metavar="RATE", help="learning rate (default %(default)s)")
+    add(
+        "--schedule",
+        choices=("linear", "cosine", "constant"),
+        default="linear",
+        help="of the rate, after the warm-up (default %(default)s)",
+    )
+    add("--warmup", type=float, default=0.1, metavar="SHARE", help="of the steps (default %(default)s)")
+    add("--weight-decay", type=float, default=0.0, metavar="W", help="of A and B, AdamW's (default %(default)s)")
+    add("--max-grad-norm", type=float, default=1.0, metavar="N", help="gradients are clipped to it (default 1)")
     add("--dropout", type=float, default=0.0, metavar="P", help="of the adapter's input (default %(default)s)")
     add("--epochs", type=int, default=1, metavar="N", help="times every sample is seen (default %(default)s)")
     add("--batch", type=int, default=8, metavar="N", help="samples a step (default %(default)s)")
@@ -102,7 +118,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parallel", choices=("ddp", "fsdp"), help="under torchrun: whole weights in each process, or sharded (ddp)")
     add("--seed", type=int, default=0, metavar="N", help="of the order and the adapter's start (default %(default)s)")
     add("--save-every", type=int, default=50, metavar="N", help="steps from checkpoint to checkpoint (default 50)")
-    add("--eval-data", metavar="FILE", help="JSONL of samples to measure on: what was gained, and what forgotten")
+    add(
+        "--eval-data",
+        metavar="FILE",
+        help="JSONL of samples to measure on, what was gained and forgotten; the best adapter is kept in best/",
+    )
     add("--eval-every", type=int, default=50, metavar="N", help="steps from measurement to measurement (default 50)")
     add("--patience", type=int, metavar="N", help="stop after N measurements without a lower loss")
     add("--max-forgetting", type=float, metavar="NATS", help="stop when the loss on plain English rose by so much")
@@ -122,6 +142,8 @@ def _draw(folder: str) -> None:
     """Leave a picture of a training beside its metrics, where matplotlib is installed."""
     from pathlib import Path
 
+    if os.environ.get("RANK", "0") != "0":  # of several processes one draws
+        return
     try:
         from minilora.classroom.training_curve import draw
     except ImportError as error:

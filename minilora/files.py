@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,27 +13,43 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
 
     If one cannot be written, none is renamed. Folders are made; a temporary file outlives only a killed process.
     """
-    with ExitStack() as all_at_the_end:
-        for path, content in contents.items():
-            all_at_the_end.enter_context(whole_file(path)).write_bytes(content)
+    with ExitStack() as cleanup:
+        temporaries = {path: cleanup.enter_context(_temporary_file(path)) for path in contents}
+        for path, temporary in temporaries.items():
+            temporary.write_bytes(contents[path])
+            _sync(temporary)
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; afterwards rename it to `path`, unless there was an error."""
+    with _temporary_file(path) as temporary:
+        mode = temporary.stat().st_mode
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(mode)  # safetensors lets only the owner read
+        temporary.replace(path)
+
+
+@contextmanager
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """An empty file beside a path, readable by whom the umask says; it is gone afterwards, unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        temporary = Path(file.name)
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
+        temporary.open("xb").close()
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # on the disk, before the name says so
-        temporary.chmod(0o644)
-        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # on the disk, before the name says so
 
 
 def remove_unfinished(path: Path) -> None:

@@ -1,12 +1,12 @@
 """write_whole: all files or none, and nothing left behind."""
 
-import tempfile
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 
 from minilora.files import remove_unfinished, whole_file, with_sorted_metadata, write_whole
 
@@ -16,20 +16,30 @@ def test_files_are_written_with_their_folders(tmp_path):
 
     assert (tmp_path / "new" / "a").read_bytes() == b"one"
     assert (tmp_path / "b").read_bytes() == b"two"
-    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_who_may_read_them_is_what_the_umask_says(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_whole({tmp_path / "a": b""})
+        with whole_file(tmp_path / "b") as path:
+            save_file({"x": torch.zeros(1)}, path)
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o666 & ~umask] * 2
 
 
 def test_where_the_second_cannot_be_written_the_first_stays_as_it_was(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"old")
-    made, real = [], tempfile.NamedTemporaryFile
+    synced = []
 
-    def disk_full(**settings):
-        made.append(settings)
-        if len(made) == 2:
+    def disk_full(descriptor):
+        synced.append(descriptor)
+        if len(synced) == 2:
             raise OSError("no space left on device")
-        return real(**settings)
 
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", disk_full)
+    monkeypatch.setattr(os, "fsync", disk_full)  # where many file systems first say so
     with pytest.raises(OSError, match="no space left"):
         write_whole({tmp_path / "a": b"new", tmp_path / "b": b"new"})
 

@@ -62,7 +62,7 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": [" ".join(pair) for pair in parts["model"]["merges"]],
         "tokenizer.ggml.add_space_prefix": False,
-        "tokenizer.ggml.add_bos_token": _puts_bos_first(tokenizer, backend),
+        "tokenizer.ggml.add_bos_token": tokenizer.puts_bos_first,
     }
     for name, key in SPECIAL_IDS.items():
         given = tokenizer.settings.get(name)
@@ -85,11 +85,3 @@ def _name_of_cutting(backend: tokenizers.Tokenizer, vocabulary: Mapping[str, Any
         f"the tokenizer cuts texts in none of the ways known here ({sorted(PRE_TOKENIZERS)}), so llama.cpp would make "
         "other tokens of them: use llama.cpp's own converter, which knows more"
     )
-
-
-def _puts_bos_first(tokenizer: Tokenizer, backend: tokenizers.Tokenizer) -> bool:
-    """Whether a text is meant to begin with bos: as the settings say, else as tokenizer.json does it."""
-    stated = tokenizer.settings.get("add_bos_token")
-    if stated is not None:
-        return bool(stated)
-    return tokenizer.bos is not None and backend.encode("a").ids[:1] == [tokenizer.bos]

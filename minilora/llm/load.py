@@ -9,7 +9,6 @@ A model is built without memory (torch's "meta" device) and each weight is put i
 in the file and the system pages them in; for another dtype one tensor after the other is converted.
 """
 
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -89,15 +88,6 @@ def model_folder(name_or_path: str | Path, *, weights: bool = True) -> Path:
         f"there is no model {str(name_or_path)!r}: give {smollm2.NAME!r}, a folder with safetensors, a .gguf file, "
         "or a hub name such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"
     )
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that holds all numbers of a model folder's weights as they are stored."""
-    dtypes = set()
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            dtypes |= {FLOATS[file.get_slice(name).get_dtype()] for name in file.keys()}  # noqa: SIM118
-    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _from_folder(

@@ -9,8 +9,8 @@ this. Everything is written into a folder beside the final one, which gets its n
 """
 
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -48,7 +48,8 @@ def save_model(
     refuse_taken(out)
     config = read_json(source / "config.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    making = out.with_name(f".{out.name}-{secrets.token_hex(4)}")
+    making.mkdir()
     try:
         shards = _write_shards(making, weights)
         _name_shards(making, shards)
@@ -61,9 +62,9 @@ def save_model(
         if chat_template is not None:
             (making / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
         (making / "README.md").write_text(card(), encoding="utf-8")
+        mode = (making / "README.md").stat().st_mode  # what the umask gives
         for path in making.iterdir():
-            path.chmod(0o644)  # safetensors lets only the owner read
-        making.chmod(0o755)
+            path.chmod(mode)  # safetensors lets only the owner read
         making.rename(out)
     finally:
         shutil.rmtree(making, ignore_errors=True)

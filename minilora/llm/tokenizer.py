@@ -24,7 +24,9 @@ from tokenizers.decoders import DecodeStream
 from minilora.llm.chat import ChatTemplate
 
 # A model may end an answer with any of these, whichever of them it calls its end-of-sequence token.
-END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>")
+END_TOKENS = (
+    "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>", "<|end|>", "<end_of_turn>",
+)  # fmt: skip
 
 TEMPLATE_FILE = "chat_template.jinja"  # in a folder of a model, or of an adapter that was trained with another
 
@@ -57,6 +59,14 @@ class Tokenizer:
     def __len__(self) -> int:
         """Number of tokens in the vocabulary."""
         return self._backend.get_vocab_size()
+
+    @cached_property
+    def puts_bos_first(self) -> bool:
+        """Whether a text is meant to begin with bos: as the settings say, else as tokenizer.json does it."""
+        stated = self.settings.get("add_bos_token")
+        if stated is not None:
+            return bool(stated)
+        return self.bos is not None and self._backend.encode("a").ids[:1] == [self.bos]
 
     @property
     def tokenizer_json(self) -> str:
@@ -165,9 +175,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def read_json(path: Path) -> dict[str, Any]:
     """What a JSON file holds; ValueError with the file's name if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not whole JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, where an object should be: fetch it again")
+    return value
 
 
 def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:

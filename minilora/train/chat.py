@@ -15,7 +15,7 @@ import torch
 from minilora.llm.generation import stream
 from minilora.llm.load import load_model
 from minilora.llm.model import Decoder
-from minilora.llm.tokenizer import Tokenizer
+from minilora.llm.tokenizer import Message, Tokenizer
 from minilora.torch_lora import load_adapter
 from minilora.train.templates import with_trained_template
 
@@ -40,13 +40,15 @@ def run(args: argparse.Namespace) -> int:
         ValueError: if a model cannot be loaded, or a conversation is longer than the model was made for.
     """
     model, tokenizer = load_adapted(args.base, args.adapter, torch.bfloat16)
-    messages = [{"role": "system", "content": args.system}] if args.system else []
+    messages: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
     generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
     for question in [args.question] if args.question else questions():
         messages.append({"role": "user", "content": question})
+        most = model.config.max_seq_len - args.max_new_tokens
+        messages, prompt = shortened(messages, tokenizer, most)
         tokens = stream(
             model,
-            tokenizer.encode_chat(messages),
+            prompt,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
@@ -55,6 +57,29 @@ def run(args: argparse.Namespace) -> int:
         )
         messages.append({"role": "assistant", "content": say(tokenizer.decode_stream(tokens))})
     return 0
+
+
+def shortened(messages: list[Message], tokenizer: Tokenizer, most: int) -> tuple[list[Message], list[int]]:
+    """The newest part of a conversation that the template takes, and that has at most so many tokens; and these.
+
+    What is forgotten goes question by question, from the oldest on, and is told of.
+
+    Raises:
+        ValueError: if not even the last question can be written down.
+    """
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    rest = messages[len(system) :]
+    while True:
+        try:
+            prompt, problem = tokenizer.encode_chat([*system, *rest]), ""
+        except ValueError as error:
+            prompt, problem = [], str(error)
+        if len(rest) == 1 or (not problem and len(prompt) <= most):
+            if problem:
+                raise ValueError(problem)
+            return [*system, *rest], prompt
+        print(f"(forgets the question before: {problem or 'the conversation is as long as the model can read'})")
+        rest = rest[2:]
 
 
 def questions() -> Iterator[str]:

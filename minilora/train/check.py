@@ -4,7 +4,7 @@
     too long               for the model, or for --max-tokens
     written-out controls   "<|im_end|>" in an answer is learnt as the letters it is written with
     twice                  the same tokens in several lines
-    leaked                 a question of the training data that is asked in the test data too
+    leaked                 a question of the training data that is asked in the test data too, in any turn
 
 The view of a line shows each token, and which of them carry loss.
 
@@ -12,8 +12,9 @@ Read before: train/jsonl.
 """
 
 import argparse
+import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -22,8 +23,9 @@ from minilora.llm.config import ModelConfig
 from minilora.llm.load import model_folder
 from minilora.llm.tokenizer import Tokenizer, load_tokenizer, read_json
 from minilora.train.data import IGNORED, Sample
-from minilora.train.jsonl import Problem, read_lines
+from minilora.train.jsonl import Problem, lines_of, messages_of, read_lines
 
+LONG_QUESTION = 20  # characters
 MOST_TOLD = 10  # lines of one kind
 PROBLEMS_FOUND = 1  # exit code
 MASKED, LEARNT, PLAIN = "\x1b[2m", "\x1b[30;42m", "\x1b[0m"
@@ -42,7 +44,7 @@ class DataReport:
         if self.samples:
             lengths = [len(sample.tokens) for sample in self.samples]
             learnt = sum(label != IGNORED for sample in self.samples for label in sample.labels)
-            p95 = quantiles(lengths, n=20)[-1] if len(lengths) > 1 else lengths[0]
+            p95 = quantiles(lengths, n=20, method="inclusive")[-1] if len(lengths) > 1 else lengths[0]
             longest = max(self.samples, key=lambda sample: len(sample.tokens))
             lines.append(
                 f"tokens    {sum(lengths):,}: {min(lengths):,} to {max(lengths):,} ({longest.name}) a sample, "
@@ -75,7 +77,7 @@ def check_data(
         test, problems_there = read_lines(against, tokenizer, template)
         if problems_there:
             notes.append(f"{len(problems_there):,} lines of {against} cannot be read")
-        found += _leaked(samples, test, against)
+        found += _leaked(_questions(path, samples), _questions(against, test), against)
     return DataReport(samples, found, notes)
 
 
@@ -157,18 +159,25 @@ def _twice(samples: Iterable[Sample]) -> list[Problem]:
     return problems
 
 
-def _leaked(samples: Iterable[Sample], test: Iterable[Sample], against: Path) -> list[Problem]:
-    asked = {_question(sample): number_of(sample) for sample in test}
-    return [
-        Problem(number_of(sample), f"its question is asked in {against} too (there: number in brackets)", number)
-        for sample in samples
-        if (number := asked.get(_question(sample)))
-    ]
+def _leaked(trained: Mapping[str, int], tested: Mapping[str, int], against: Path) -> list[Problem]:
+    text = f"its question is asked in {against} too (there: number in brackets)"
+    return [Problem(line, text, tested[question]) for question, line in trained.items() if question in tested]
 
 
-def _question(sample: Sample) -> tuple[int, ...]:
-    first_answer = next(place for place, label in enumerate(sample.labels) if label != IGNORED)
-    return tuple(sample.tokens[:first_answer])
+def _questions(path: Path, samples: Iterable[Sample]) -> dict[str, int]:
+    """What is asked in a file, and in which line first: case and spaces aside, whatever the system prompt says.
+
+    Of a conversation all questions count, but short ones ("Why?") only where they are the first.
+    """
+    readable = {number_of(sample) for sample in samples}
+    asked: dict[str, int] = {}
+    for number, line in enumerate(lines_of(path), start=1):
+        if number in readable:
+            turns = [m for m in messages_of(json.loads(line)) if m["role"] == "user"]
+            questions = [" ".join(f"{m['content']} {m.get('input', '')}".casefold().split()) for m in turns]
+            for question in questions[:1] + [q for q in questions[1:] if len(q) >= LONG_QUESTION]:
+                asked.setdefault(question, number)
+    return asked
 
 
 def _lines(numbers: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,21 +32,20 @@ from minilora.llm.tokenizer import Tokenizer, load_tokenizer, read_json
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, save_adapter
 from minilora.train.checkpoint import Saving
-from minilora.train.data import Batch, Sample, make_batches
-from minilora.train.evaluate import english_tokens
-from minilora.train.finetune import fine_tune
+from minilora.train.data import Sample, make_batches
+from minilora.train.evaluate import GENERAL_TOKENS, english_tokens
+from minilora.train.finetune import Together, fine_tune
 from minilora.train.fits import GIB, bytes_needed, check_fits
 from minilora.train.jsonl import read_samples
 from minilora.train.judging import Judges, Rules
-from minilora.train.templates import TEMPLATE_FILE, TEMPLATES
+from minilora.train.templates import MODEL, TEMPLATE_FILE, with_template
 from minilora.train.trainer import CTRL_C
 
 METHODS: Mapping[str, Callable[..., nn.Module]] = {"lora": LoRALinear, "qlora": QLoRALinear}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STATE_BITS = {"adamw": 32, "adamw-8bit": 8}
-RUN, CHECKPOINT = "run.json", "checkpoint.safetensors"
+RUN, CHECKPOINT, BEST = "run.json", "checkpoint.safetensors", "best"
 MOST_DROPPED_TOLD = 20
-GENERAL_TOKENS = 4096  # of plain English
 
 
 def run(args: argparse.Namespace, free_bytes: int, *, resume: bool = False) -> int:
@@ -85,21 +85,30 @@ def train_here(
     out = Path(args.out)
     if not resume and (out / CHECKPOINT).exists():
         raise ValueError(f"{out} holds a training: go on with `minilora resume {out}`, or choose another --out")
-    samples, pad = planned(args, free_bytes, world)
+    if not resume and out.is_dir() and any(out.iterdir()) and not (out / RUN).exists():
+        raise ValueError(f"{out} holds other things, which a training would mix with its own: choose another --out")
+    plan = planned(args, free_bytes, world)
     if rank == 0:
-        write_whole({out / RUN: json.dumps(vars(args), indent=2).encode()})  # if this cannot be, better now than later
+        write_whole({out / RUN: json.dumps(findable(args), indent=2).encode()})  # if this cannot be, better now
     model, tokenizer = load_model(args.base, dtype=DTYPES[args.dtype])
     torch.manual_seed(args.seed + rank)  # of dropout
     start, wrap = torch.Generator().manual_seed(args.seed), METHODS[args.method]
     settings = {"r": args.r, "alpha": 2 * args.r if args.alpha is None else args.alpha, "dropout": args.dropout}
-    report = inject(model, ALL_LINEAR, lambda base: wrap(base, **settings, generator=start))
+    settings |= {"use_rslora": args.rslora, "generator": start}
+    report = inject(model, targets_of(args), lambda base: wrap(base, **settings))
     model.model.gradient_checkpointing = args.checkpointing
     print(f"{args.method}, r={args.r}: {report.count}")
+    template = template_of(args, tokenizer)
+
+    def keep_best(step: int) -> None:
+        save(model, out / BEST, template)
+
+    together = in_processes(model, args, rank)
     try:
         training = fine_tune(
             model,
-            samples,
-            pad=pad,
+            plan.samples,
+            pad=plan.pad,
             lr=args.lr,
             batch_size=args.batch,
             seed=args.seed,
@@ -107,40 +116,64 @@ def train_here(
             state_bits=STATE_BITS[args.optimizer],
             n_parts=args.accumulate,
             pack_tokens=args.pack,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm,
+            shape=args.schedule,
+            warmup=args.warmup,
             saving=Saving(out / CHECKPOINT, facts(args, model.origin.sha256) | {"processes": world}, args.save_every),
-            judged_by=judges(args, tokenizer, pad),
-            gradients=in_processes(model, args),
-            tells=rank == 0,
+            judged_by=judges(args, plan, tokenizer, keep_best),
+            together=together,
         )
     except FloatingPointError:  # what was learnt before is whole
         if rank == 0:
-            save(model, out, args.template)
+            save(model, out, template)
+            print(f"adapter  {out}   (PEFT's layout)")
         raise
     print(training)
     if rank == 0:
-        save(model, out, args.template)
+        save(model, out, template)
+    print(f"adapter  {out}   (PEFT's layout)")
+    if (out / BEST).exists() and rank == 0:
+        print(f"best     {out / BEST}   (where the loss on --eval-data was lowest)")
     if training.stopped_by == CTRL_C:
         print(f"go on    minilora resume {shlex.quote(str(out))}")
     return 0
 
 
-def in_processes(model: nn.Module, args: argparse.Namespace) -> Callable[[nn.Module, Batch], float] | None:
-    """The `gradients` of several processes, if there are; None in one."""
+def in_processes(model: nn.Module, args: argparse.Namespace, rank: int) -> Together | None:
+    """What several processes do otherwise, if there are; None in one."""
     if args.parallel is None:
         return None
-    from minilora.train.distributed import data_parallel, sharded
+    from minilora.train import distributed
 
-    return {"ddp": data_parallel, "fsdp": sharded}[args.parallel](model, args.accumulate)
+    way = {"ddp": distributed.data_parallel, "fsdp": distributed.sharded}[args.parallel]
+    return distributed.Together(rank, way(model, args.accumulate))
 
 
-def save(model: Decoder, out: Path, template: str) -> None:
-    """Write a model's adapter, with the chat template that it was trained with, and say so."""
-    if template in TEMPLATES:
-        write_whole({out / TEMPLATE_FILE: TEMPLATES[template].encode()})
-    else:  # the model's own: not the one of a training that was here before
+def targets_of(args: argparse.Namespace) -> str | list[str]:
+    """What --targets names: several modules, or one word for all linear layers."""
+    return args.targets if args.targets == ALL_LINEAR else [name.strip() for name in args.targets.split(",")]
+
+
+def template_of(args: argparse.Namespace, tokenizer: Tokenizer) -> str | None:
+    """The chat template that is trained with, where it is not the model's own."""
+    return None if args.template == MODEL else with_template(tokenizer, args.template).settings["chat_template"]
+
+
+def findable(args: argparse.Namespace) -> dict[str, object]:
+    """The options, with files and folders by names that hold in every working directory: `resume` reads them."""
+    options = vars(args)
+    names = [name for name in ("data", "eval_data", "base") if options[name] and Path(options[name]).exists()]
+    return options | {name: str(Path(options[name]).resolve()) for name in names}
+
+
+def save(model: Decoder, out: Path, template: str | None) -> None:
+    """Write a model's adapter, with the chat template that it was trained with if that is another than the base's."""
+    if template is None:  # not the one of a training that was here before
         (out / TEMPLATE_FILE).unlink(missing_ok=True)
+    else:
+        write_whole({out / TEMPLATE_FILE: template.encode()})
     save_adapter(model, out, base_name=model.origin.name, base_sha256=model.origin.sha256)
-    print(f"adapter  {out}   (PEFT's layout)")
 
 
 def without_longer(samples: Sequence[Sample], max_tokens: int) -> list[Sample]:
@@ -180,18 +213,28 @@ def facts(args: argparse.Namespace, base_sha256: str) -> dict[str, object]:
     return options | {"base_sha256": base_sha256}
 
 
-def judges(args: argparse.Namespace, tokenizer: Tokenizer, pad: int) -> Judges | None:
+def judges(
+    args: argparse.Namespace, plan: "Plan", tokenizer: Tokenizer, keep_best: Callable[[int], None]
+) -> Judges | None:
     """Who measures the training as it goes, if there are samples to measure it on."""
-    if args.eval_data is None:
+    if not plan.held_out:
         return None
-    samples = read_samples(Path(args.eval_data), tokenizer, args.template)
-    general = english_tokens(tokenizer, GENERAL_TOKENS)
-    rules = Rules(args.eval_every, args.patience, args.max_forgetting)
-    return Judges(make_batches(samples, args.batch, pad, seed=0), general, rules)
+    held_out = make_batches(plan.held_out, args.batch, plan.pad, seed=0)
+    return Judges(held_out, english_tokens(tokenizer, GENERAL_TOKENS), plan.rules, keep_best)
 
 
-def planned(args: argparse.Namespace, free_bytes: int, world: int = 1) -> tuple[list[Sample], int]:
-    """Check the whole run, as far as can be without the weights; give its samples, and the token that pads them."""
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs besides the weights."""
+
+    samples: Sequence[Sample]
+    held_out: Sequence[Sample]  # that it is measured on
+    rules: Rules
+    pad: int  # a token
+
+
+def planned(args: argparse.Namespace, free_bytes: int, world: int = 1) -> Plan:
+    """Check the whole run, as far as can be without the weights."""
     if args.epochs < 1 or args.batch < 1 or not 1 <= args.accumulate <= args.batch:
         raise ValueError(
             f"epochs are {args.epochs}, and a batch of {args.batch} is taken in {args.accumulate} parts: "
@@ -201,6 +244,12 @@ def planned(args: argparse.Namespace, free_bytes: int, world: int = 1) -> tuple[
         raise ValueError("--patience and --max-forgetting judge by samples that are not trained on: give --eval-data")
     if not 0 < args.lr < math.inf:
         raise ValueError(f"the learning rate is {args.lr}: choose one above 0, such as 2e-4")
+    if not (0 <= args.warmup < 1 and args.weight_decay >= 0 and args.max_grad_norm > 0):
+        raise ValueError(
+            f"warm-up is {args.warmup}, weight decay {args.weight_decay}, and gradients are clipped to a norm of "
+            f"{args.max_grad_norm}: choose a share from 0 to 1, a number from 0 on, and one above 0"
+        )
+    rules = Rules(args.eval_every, args.patience, args.max_forgetting)
     if args.base.endswith(".gguf"):
         raise ValueError(f"{args.base} is a GGUF file, made for answering: train on the folder that it was made from")
     folder = model_folder(args.base, weights=False)
@@ -208,6 +257,7 @@ def planned(args: argparse.Namespace, free_bytes: int, world: int = 1) -> tuple[
     samples = read_samples(Path(args.data), tokenizer, args.template)
     if args.max_tokens is not None:
         samples = without_longer(samples, args.max_tokens)
+    held_out = [] if args.eval_data is None else read_samples(Path(args.eval_data), tokenizer, args.template)
     longest = max(samples, key=lambda sample: len(sample.tokens))
     most = ModelConfig.from_hf(read_json(folder / "config.json")).max_seq_len
     if args.pack is not None and not len(longest.tokens) <= args.pack <= most:
@@ -215,25 +265,29 @@ def planned(args: argparse.Namespace, free_bytes: int, world: int = 1) -> tuple[
             f"--pack is {args.pack}: a row holds the longest sample, {longest.name} of {len(longest.tokens):,} tokens, "
             f"and the model was made for {most:,}"
         )
-    if len(longest.tokens) > most:
-        raise ValueError(
-            f"{longest.name} of {args.data} has {len(longest.tokens):,} tokens, and the model was made for {most:,}: "
-            "shorten it, or drop it with --max-tokens"
-        )
+    for path, group in ((args.data, samples), (args.eval_data, held_out)):
+        too_long = next((sample for sample in group if len(sample.tokens) > most), None)
+        if too_long:
+            raise ValueError(
+                f"{too_long.name} of {path} has {len(too_long.tokens):,} tokens, and the model was made for {most:,}: "
+                f"shorten it, or drop it{' with --max-tokens' * (path == args.data)}"
+            )
     rows = -(-min(args.batch, len(samples)) // world)
     setup = Setup(
         method=args.method,
         r=args.r,
+        targets=ALL_LINEAR if args.targets == ALL_LINEAR else tuple(targets_of(args)),
         dtype=args.dtype,
         optimizer=args.optimizer,
         batch=-(-rows // args.accumulate),
         seq=args.pack or len(longest.tokens),
         checkpointing=args.checkpointing,
     )
-    check_fits(arch, setup, free_bytes, longest.name, rows)
+    masks = 0 if args.pack is None else setup.batch * args.pack**2  # one byte for each two tokens of a row
+    check_fits(arch, setup, free_bytes - masks, longest.name, rows)
     print(
         f"{len(samples):,} samples of up to {len(longest.tokens):,} tokens; "
         f"needs {bytes_needed(arch, setup) / GIB:.2f} of {free_bytes / GIB:.2f} GiB"
     )
     assert tokenizer.pad is not None  # read_samples asks for an eos, which stands in
-    return samples, tokenizer.pad
+    return Plan(samples, held_out, rules, tokenizer.pad)

@@ -21,13 +21,12 @@ from minilora.llm.load import load_model
 from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer
 from minilora.torch_lora import load_adapter
-from minilora.train.chat import with_trained_template
 from minilora.train.data import IGNORED, Sample, make_batches
-from minilora.train.evaluate import english_tokens, exact_match, generate_answers, mean_loss, perplexity
+from minilora.train.evaluate import GENERAL_TOKENS, english_tokens, exact_match, generate_answers, mean_loss, perplexity
 from minilora.train.jsonl import read_samples
+from minilora.train.templates import with_trained_template
 
 BATCH = 8
-GENERAL_TOKENS = 4096
 MORE_TOKENS = 8  # than the longest reference has
 
 

@@ -92,7 +92,7 @@ class Batch:
         segments = None if self.segments is None else self.segments[which, :width]
         return Batch(self.tokens[which, :width], labels[:, :width], segments)
 
-    @cached_property
+    @property
     def positions(self) -> Int64[Tensor, "batch seq"] | None:
         """The place of each token in its sample, where a row holds several."""
         if self.segments is None:
@@ -101,9 +101,12 @@ class Batch:
         is_first = F.pad(self.segments[:, 1:] != self.segments[:, :-1], (1, 0), value=True)
         return place - torch.where(is_first, place, 0).cummax(dim=1).values
 
-    @cached_property
+    @property
     def mask(self) -> Bool[Tensor, "batch seq seq"] | None:
-        """True where a token (row) may look at another (column): in its own sample, at itself and all before it."""
+        """True where a token (row) may look at another (column): in its own sample, at itself and all before it.
+
+        Made when asked for, and not kept: of all batches together it would fill the memory.
+        """
         if self.segments is None:
             return None
         return (self.segments[:, :, None] == self.segments[:, None, :]).tril()

@@ -21,6 +21,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,6 +61,33 @@ def process_group(device_type: str = "cpu") -> Iterator[tuple[int, int]]:
         dist.barrier()  # not after an error: the others may wait elsewhere, until torchrun ends them
     finally:
         dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Together:
+    """What several processes do otherwise than one in a training: train/finetune."""
+
+    rank: int
+    gradients: Gradients
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether it is so in any process: one that stopped alone would leave the others waiting for its gradients."""
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
+    def check_same(self, done: int) -> None:
+        """
+        Raises:
+            ValueError: if not all processes have made as many steps.
+        """
+        steps = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size())]
+        dist.all_gather(steps, torch.tensor(done))
+        if len(different := sorted(set(map(int, steps)))) > 1:
+            raise ValueError(
+                f"the processes would go on from the steps {different}: they do not see the same --out; put it on a "
+                "file system that all of them share"
+            )
 
 
 def data_parallel(model: nn.Module, n_parts: int = 1) -> Gradients:

@@ -22,6 +22,7 @@ from minilora.train.data import Batch
 from minilora.train.extraction import KEYS, Example
 from minilora.train.loss import loss_of
 
+GENERAL_TOKENS = 4096  # of plain English, to measure forgetting on
 DATE_FORMAT = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -32,7 +33,7 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int = 50,
 ) -> list[str]:
-    """Answer each prompt greedily; the answers stand in the order of the prompts.
+    """Answer each prompt greedily, as far as the model's length goes; the answers stand in the order of the prompts.
 
     Prompts of like length are answered together, so that little is computed for padding.
     """
@@ -41,7 +42,8 @@ def generate_answers(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = [prompts[i] for i in rows]
-        written = generate(model, batch, max_new_tokens=max_new_tokens, stop_tokens=tokenizer.stop_tokens)
+        most = min(max_new_tokens, model.config.max_seq_len - max(map(len, batch)))
+        written = generate(model, batch, max_new_tokens=most, stop_tokens=tokenizer.stop_tokens)
         for i, tokens in zip(rows, written, strict=True):
             answers[i] = tokenizer.decode(tokens)
     return answers

@@ -23,6 +23,7 @@ from minilora.llm.write_gguf import KINDS, Pair, Written, write_adapter, write_m
 from minilora.torch_lora import load_adapter
 from minilora.torch_lora.adapter_layer import AdapterLayer, dense_weight
 from minilora.torch_lora.inject import adapter_layers, lora_layers
+from minilora.torch_lora.replaced import replaced_tensors
 from minilora.train.templates import with_trained_template
 
 ADAPTER = "adapter"  # the kind that is no model
@@ -68,6 +69,11 @@ def export(
         load_adapter(model, adapter, base_sha256=model.origin.sha256)
         tokenizer = with_trained_template(tokenizer, adapter)
     if kind == ADAPTER:
+        if replaced := replaced_tensors(model):
+            raise ValueError(
+                f"{adapter} also replaces {len(replaced)} tensors of the base, such as {min(replaced)}: a GGUF adapter "
+                "holds A and B alone; write the merged model, of the kind F16 for example"
+            )
         write_adapter(out, adapter_pairs(model), model.config, about(model))
         return None
     config = model.config if _is_tied(model) else replace(model.config, tie_word_embeddings=False)

@@ -4,6 +4,7 @@ Read before: train/trainer, which is the loop; train/checkpoint.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 from tqdm import tqdm
@@ -19,6 +20,25 @@ from minilora.train.trainer import Step, Training, in_parts, train, warmup_then_
 METRICS = "metrics.jsonl"
 
 
+@runtime_checkable
+class Together(Protocol):
+    """What several processes do otherwise than one: train/distributed."""
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+
+    @property
+    def gradients(self) -> Callable[[nn.Module, Batch], float]:
+        """As train's."""
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether it is so in any of them."""
+
+    def check_same(self, done: int) -> None:
+        """Refuse where they would go on from different steps."""
+
+
 def fine_tune(
     model: nn.Module,
     samples: Sequence[Sample],
@@ -31,20 +51,23 @@ def fine_tune(
     state_bits: int = 32,
     n_parts: int = 1,
     pack_tokens: int | None = None,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    shape: str = "linear",
+    warmup: float = 0.1,
     saving: Saving | None = None,
     judged_by: Judges | None = None,
-    gradients: Callable[[nn.Module, Batch], float] | None = None,
-    tells: bool = True,
+    together: Together | None = None,
 ) -> Training:
     """Train what requires a gradient in the model, on every sample `epochs` times, in a new order each time.
 
-    AdamW without weight decay (its moments in `state_bits`); the rate rises in a straight line over a tenth of the
-    steps to `lr` and falls in another to 0. A batch goes through the model in `n_parts`. It is of `batch_size` samples,
-    or of as many rows of `pack_tokens`, which hold several samples each.
+    AdamW (its moments in `state_bits`), gradients clipped to `max_grad_norm`. The rate rises in a straight line over
+    the share `warmup` of the steps to `lr`, and falls to 0 in a `shape` of trainer.SHAPES. A batch goes through the
+    model in `n_parts`. It is of `batch_size` samples, or of as many rows of `pack_tokens`, which hold several each.
 
     With `saving` the training goes on where its checkpoint stands, and ends with the same bits as if it had never
     stopped; a log of all steps lies beside it, and what its judges find, who may end it early. Of several processes,
-    which bring their `gradients` (train/distributed), one alone `tells` and saves.
+    which train `together`, one alone tells and saves.
 
     Raises:
         ValueError: if there is nothing to train, a number is impossible, or the checkpoint is of another run.
@@ -58,8 +81,11 @@ def fine_tune(
 
     batches = [batch for n in range(epochs) for batch in batches_of(seed + n)]
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = PagedAdamW(trained, lr=lr, weight_decay=0.0, state_bits=state_bits)
+    optimizer = PagedAdamW(trained, lr=lr, weight_decay=weight_decay, state_bits=state_bits)
     done = saving.resumed(model, optimizer) if saving else 0
+    if together:
+        together.check_same(done)
+    tells = together is None or together.rank == 0
     saving = saving if tells else None
     with progress_bar(len(batches), done, shown=tells) as bar:
         listeners: list[Callable[[Step], str | None]] = [bar, health_check(model, tqdm.write)] if tells else []
@@ -69,9 +95,17 @@ def fine_tune(
             listeners += [log, *judging, saving.listener(model, optimizer)]  # in this order: what is saved is judged
             if judged_by and (reason := judged_by.rules.verdict(log.measured)):
                 return Training([], reason)
-        schedule = warmup_then_decay(len(batches), n_warmup=len(batches) // 10)
-        gradients = gradients or in_parts(n_parts)
-        training = train(model, batches, optimizer, schedule, listeners=listeners, done=done, gradients=gradients)
+        training = train(
+            model,
+            batches,
+            optimizer,
+            warmup_then_decay(len(batches), int(warmup * len(batches)), shape),
+            max_grad_norm,
+            listeners,
+            done=done,
+            gradients=together.gradients if together else in_parts(n_parts),
+            anywhere=together.anywhere if together else bool,
+        )
     if saving and training.steps:
         saving.save(model, optimizer, training.steps[-1].number)
     return training

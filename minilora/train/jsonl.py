@@ -4,8 +4,10 @@
     {"prompt": "…", "completion": "…"}
     {"instruction": "…", "input": "…", "output": "…"}                      input may be missing or empty
 
+The last two may have a "system" text as well.
+
 All go through a chat template, the model's own or one of templates.py. The loss is on the answers, all of a
-conversation, and on the end of each.
+conversation, and on the token that ends each.
 
 Read before: train/data, train/templates.
 """
@@ -23,6 +25,7 @@ from minilora.train.templates import MODEL, for_template, with_template
 MOST_PROBLEMS = 5  # that are told
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ROLES = ("system", "user", "assistant")
+UNREAD = ("history", "tools", "functions", "tool_calls", "function_call")  # others, such as an id, change nothing
 FORMS = "messages, or a prompt and a completion, or an instruction and an output, all of them texts"
 
 
@@ -65,16 +68,21 @@ def read_lines(path: Path, tokenizer: Tokenizer, template: str = MODEL) -> tuple
     tokenizer = with_template(tokenizer, template)
     tokenizer.encode_chat([{"role": "user", "content": "A trial: has the model a chat template?"}])
     samples, problems = [], []
-    for number, line in enumerate(path.read_bytes().removeprefix(BYTE_ORDER_MARK).splitlines(), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         if line.strip():
             try:
-                messages = for_template(messages_of(json.loads(line)), template)
+                messages = for_template(messages_of(json.loads(line)), tokenizer)
                 samples.append(replace(conversation(messages, tokenizer), name=f"line {number}"))
             except UnicodeDecodeError:  # a ValueError too
                 problems.append(Problem(number, "it is not UTF-8: save the file as UTF-8"))
             except (ValueError, RecursionError) as error:
                 problems.append(Problem(number, str(error)))
     return samples, problems
+
+
+def lines_of(path: Path) -> list[bytes]:
+    """The lines of a file, the empty ones too."""
+    return path.read_bytes().removeprefix(BYTE_ORDER_MARK).splitlines()
 
 
 def conversation(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, name: str = "it") -> Sample:
@@ -99,10 +107,21 @@ def conversation(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, na
                 f"message {place + 1}: the chat template writes what came before this answer in another way than "
                 "alone; make each answer the last of a line of its own"
             )
-        learnt = [*answer, tokenizer.eos]
+        learnt = [*answer, end_of(messages[: place + 1], prompt, tokenizer)]
         labels += [IGNORED] * (len(prompt) - len(tokens)) + learnt
         tokens = prompt + learnt
     return Sample(tokens, labels, name)
+
+
+def end_of(messages: Sequence[Mapping[str, str]], prompt: list[int], tokenizer: Tokenizer) -> int:
+    """The token that ends the last answer: what the template writes after it, or eos where it writes no such token.
+
+    In a base model these are often two: of ChatML's `<|im_end|>` its eos knows nothing.
+    """
+    written = tokenizer.encode_chat(messages, add_generation_prompt=False)
+    after = written[len(prompt) :] if written[: len(prompt)] == prompt else []
+    assert tokenizer.eos is not None
+    return next((token for token in reversed(after) if token in tokenizer.stop_tokens), tokenizer.eos)
 
 
 def messages_of(row: Any) -> list[dict[str, str]]:
@@ -113,16 +132,18 @@ def messages_of(row: Any) -> list[dict[str, str]]:
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"it is a {type(row).__name__}, not an object")
+    refuse_unread(row, "it")
     if "messages" in row:
         return checked(row["messages"])
+    told = {key: texts(row, key)[0] for key in ("system", "input") if row.get(key) is not None}
+    system = [{"role": "system", "content": told["system"]}] if told.get("system") else []
     if "prompt" in row or "completion" in row:
         prompt, completion = texts(row, "prompt", "completion")
-        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return [*system, {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     if "instruction" in row or "output" in row:
         instruction, output = texts(row, "instruction", "output")
-        (context,) = texts({"input": row.get("input") or ""}, "input")
-        question = {"role": "user", "content": instruction} | ({"input": context} if context else {})
-        return [question, {"role": "assistant", "content": output}]
+        question = {"role": "user", "content": instruction} | ({"input": told["input"]} if told.get("input") else {})
+        return [*system, question, {"role": "assistant", "content": output}]
     raise ValueError(f"it needs {FORMS}; its keys are {', '.join(map(str, row)) or 'none'}")
 
 
@@ -135,6 +156,8 @@ def checked(messages: Any) -> list[dict[str, str]]:
     if not isinstance(messages, list):
         raise ValueError(f"its messages are a {type(messages).__name__}, not a list")
     for place, message in enumerate(messages, start=1):
+        if isinstance(message, Mapping):
+            refuse_unread(message, f"message {place}")
         if not is_message(message):
             raise ValueError(
                 f"message {place} is {str(message)[:60]}: give it a role ({', '.join(ROLES)}) and a text as content"
@@ -152,7 +175,7 @@ def texts(row: Mapping[str, Any], *keys: str) -> list[str]:
     Raises:
         ValueError: if one is missing, or no text.
     """
-    odd = [key for key in keys if not isinstance(row.get(key), str)]
+    odd = [key for key in keys if not is_text(row.get(key))]
     if odd:
         raise ValueError(f"its {' and '.join(odd)} should be there; it needs {FORMS}")
     return [row[key] for key in keys]
@@ -160,4 +183,26 @@ def texts(row: Mapping[str, Any], *keys: str) -> list[str]:
 
 def is_message(message: Any) -> bool:
     """Whether this is a role that we know and what it says."""
-    return isinstance(message, Mapping) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+    if not (isinstance(message, Mapping) and message.get("role") in ROLES):
+        return False
+    return is_text(message.get("content")) and is_text(message.get("input", ""))
+
+
+def is_text(value: Any) -> bool:
+    """Whether this is a text that can be written down: half of a surrogate pair cannot."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def refuse_unread(row: Mapping[str, Any], what: str) -> None:
+    """
+    Raises:
+        ValueError: if a key would change what is to be learnt, and is not read here.
+    """
+    unread = [key for key in UNREAD if row.get(key)] + [key for key in ("weight",) if row.get(key, 1) != 1]
+    if unread:
+        raise ValueError(
+            f"{what} has {' and '.join(unread)}, which is not read here: write it into messages, or drop it"
+        )

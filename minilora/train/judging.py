@@ -65,6 +65,12 @@ class Rules:
         return None
 
 
+def best_of(history: Sequence[Measured], most_forgotten: float | None = None) -> Measured:
+    """The measurement with the lowest target, among those that forgot no more than is allowed (as the first)."""
+    limit = history[0]["general"] + (math.inf if most_forgotten is None else most_forgotten)
+    return min((measured for measured in history if measured["general"] <= limit), key=lambda m: m["target"])
+
+
 @dataclass(frozen=True)
 class Judges:
     """What a training is measured on, and the rules."""
@@ -72,6 +78,7 @@ class Judges:
     held_out: Sequence[Batch]
     general: Sequence[int]  # tokens
     rules: Rules
+    keep_best: Callable[[int], None] = lambda step: None  # what is done after a step that is the best so far
 
 
 def judge(
@@ -96,6 +103,8 @@ def judge(
         if step.number % judges.rules.every and step.number != step.n_steps:
             return None
         measure(step.number)
+        if best_of(log.measured, judges.rules.most_forgotten)["step"] == step.number:
+            judges.keep_best(step.number)
         return judges.rules.verdict(log.measured)
 
     return listen

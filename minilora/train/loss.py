@@ -44,8 +44,9 @@ def loss_of(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     targets = batch.labels[:, 1:].to(device)
     labelled = targets != IGNORED
     tokens, transformer = batch.tokens.to(device), model.get_submodule("model")
-    if batch.positions is not None and batch.mask is not None:
-        hidden = transformer(tokens, positions=batch.positions.to(device), mask=batch.mask.to(device))
+    positions, mask = batch.positions, batch.mask
+    if positions is not None and mask is not None:
+        hidden = transformer(tokens, positions=positions.to(device), mask=mask.to(device))
     else:
         hidden = transformer(tokens, shared=batch.shared) if shares_prefix(model, batch) else transformer(tokens)
     hidden = hidden[:, :-1]  # (batch, seq - 1, hidden)

@@ -12,6 +12,7 @@ Read before: train/data.
 """
 
 import random
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 from minilora.train.data import Batch, Sample, stack
@@ -30,23 +31,23 @@ def make_packed_batches(samples: Sequence[Sample], rows: int, max_tokens: int, p
 
 
 def packed_rows(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Put each sample into the first row that has room for it: at most 1.7 times the fewest rows there could be.
+    """Put each sample into the row that it fills best: at most 1.7 times the fewest rows there could be.
 
-    Rows stay in the order in which they were opened. ([Johnson et al., 1974] for the bound of first fit.)
+    Rows stay in the order in which they were opened. ([Johnson et al., 1974] for the bound of best fit.)
 
     Raises:
         ValueError: if a sample is longer than a row.
     """
     rows: list[list[Sample]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # tokens left and the row's place, sorted
     for sample in samples:
         size = len(sample.tokens)
         if size > max_tokens:
             raise ValueError(f"{sample.name} has {size:,} tokens, and a row has {max_tokens:,}: drop it, or pack wider")
-        place = next((place for place, left in enumerate(room) if left >= size), len(rows))
+        best = bisect_left(room, (size, 0))
+        left, place = room.pop(best) if best < len(room) else (max_tokens, len(rows))
         if place == len(rows):
             rows.append([])
-            room.append(max_tokens)
         rows[place].append(sample)
-        room[place] -= size
+        insort(room, (left - size, place))
     return rows

@@ -49,6 +49,7 @@ PLAIN = """\
 {%- endfor %}"""
 
 MODEL = "model"
+WITH_BOS = "{{ bos_token }}"  # before the first message, for a model that began its texts so when it was trained
 TEMPLATES: Mapping[str, str] = MappingProxyType({"chatml": CHATML, "alpaca": ALPACA, "plain": PLAIN})
 
 
@@ -62,7 +63,7 @@ def with_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
         return tokenizer
     if name not in TEMPLATES:
         raise ValueError(f"no template is named {name!r}: choose {', '.join([MODEL, *TEMPLATES])}")
-    return tokenizer.with_template(TEMPLATES[name])
+    return tokenizer.with_template((WITH_BOS if tokenizer.puts_bos_first else "") + TEMPLATES[name])
 
 
 def trained_template(adapter: str | Path) -> str | None:
@@ -77,11 +78,17 @@ def with_trained_template(tokenizer: Tokenizer, adapter: str | Path) -> Tokenize
     return tokenizer if template is None else tokenizer.with_template(template)
 
 
-def for_template(messages: Sequence[Mapping[str, str]], name: str) -> list[dict[str, str]]:
-    """The messages as a template takes them: a question's input apart from it for Alpaca, below it for the others."""
-    if name == "alpaca":
+def for_template(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[dict[str, str]]:
+    """The messages as the tokenizer's template takes them: a question's input below it, unless it knows of inputs."""
+    if knows_inputs(tokenizer):
         return [dict(message) for message in messages]
     return [
         {"role": message["role"], "content": "\n\n".join(filter(None, (message["content"], message.get("input"))))}
         for message in messages
     ]
+
+
+def knows_inputs(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer's template writes the input of a question, which Alpaca's does: asked by trying."""
+    trial = {"role": "user", "content": "question", "input": "context of the question"}
+    return trial["input"] in tokenizer.apply_chat_template([trial])

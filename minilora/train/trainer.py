@@ -14,8 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -27,6 +28,9 @@ from minilora.train.health import first_bad_place
 from minilora.train.loss import loss_of
 
 CTRL_C = "Ctrl-C"
+SHAPES: Mapping[str, Callable[[float], float]] = MappingProxyType(
+    {"linear": lambda p: 1 - p, "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2, "constant": lambda p: 1.0}
+)
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,13 @@ def train(
     *,
     done: int = 0,
     gradients: Callable[[nn.Module, Batch], float] | None = None,
+    anywhere: Callable[[bool], bool] = bool,
 ) -> Training:
     """Take one optimizer step per batch, at the optimizer's own rates times `schedule(number of the step)`.
 
     The first `done` batches are passed over: their steps were made before. `gradients(model, batch)` adds to the
-    gradients and gives the loss; if not given, it is the loss's own backward.
+    gradients and gives the loss; if not given, it is the loss's own backward. Of several processes all stop at the same
+    step: `anywhere(stops)` says whether any of them does.
 
     Ctrl-C lets the step under way finish and returns what was trained so far; a second Ctrl-C breaks off at once.
 
@@ -96,13 +102,14 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             seconds, lr = time.perf_counter() - start, optimizer.param_groups[0]["lr"]
-            steps.append(Step(number, len(batches), loss, grad_norm, lr, batch.tokens.numel(), seconds, grad_norms))
-            reasons = [reason for listen in listeners if (reason := listen(steps[-1]))]
+            step = Step(number, len(batches), loss, grad_norm, lr, batch.tokens.numel(), seconds, grad_norms)
+            steps.append(replace(step, grad_norms={}))  # they are for listeners: of all steps they would be gigabytes
+            reasons = [reason for listen in listeners if (reason := listen(step))]
             reasons = [CTRL_C] if stop.is_set() else reasons
-            if reasons:
+            if anywhere(bool(reasons)):
                 break
     ended = done + len(steps) == len(batches)
-    return Training(steps, "" if ended else " and ".join(reasons))
+    return Training(steps, "" if ended else " and ".join(reasons) or CTRL_C)
 
 
 def whole_batch(model: nn.Module, batch: Batch) -> float:
@@ -156,23 +163,29 @@ def clip_(parameters: Mapping[str, nn.Parameter], max_norm: float) -> tuple[floa
     return total.item(), dict(zip(grads, norms.tolist(), strict=True))
 
 
-def warmup_then_decay(n_steps: int, n_warmup: int) -> Callable[[int], float]:
-    """A schedule: a straight line up from 0 over `n_warmup` steps, then a straight line down to 0 after `n_steps`.
+def warmup_then_decay(n_steps: int, n_warmup: int, shape: str = "linear") -> Callable[[int], float]:
+    """A schedule: a straight line up from 0 over `n_warmup` steps, then down to 0 after `n_steps`, in one of SHAPES.
 
-    No step has rate 0: the first is 1 / (n_warmup + 1), the last 1 / (n_steps − n_warmup).
+        linear    1 − p        cosine    ½ (1 + cos π p)        constant    1        p    the share of the way down
+
+    No step has rate 0: with "linear" the first is 1 / (n_warmup + 1), the last 1 / (n_steps − n_warmup).
 
     >>> schedule = warmup_then_decay(n_steps=5, n_warmup=1)
     >>> [schedule(number) for number in range(1, 6)]
     [0.5, 1.0, 0.75, 0.5, 0.25]
 
     Raises:
-        ValueError: if the warm-up leaves no step to decay in.
+        ValueError: if the warm-up leaves no step to decay in, or there is no such shape.
     """
     if not 0 <= n_warmup < n_steps:
         raise ValueError(f"cannot warm up for {n_warmup} of {n_steps} steps: choose n_warmup from 0 to {n_steps - 1}")
+    if shape not in SHAPES:
+        raise ValueError(f"no schedule has the shape {shape!r}: choose {', '.join(SHAPES)}")
 
     def factor(number: int) -> float:
-        return min(number / (n_warmup + 1), (n_steps - number + 1) / (n_steps - n_warmup))
+        if number <= n_warmup:
+            return number / (n_warmup + 1)
+        return SHAPES[shape]((number - 1 - n_warmup) / (n_steps - n_warmup))
 
     return factor
 

@@ -80,6 +80,7 @@ def test_a_prompt_and_its_answer_are_the_whole_conversation(real):
 @given(text=st.text())
 @settings(max_examples=200, deadline=None)
 def test_ids_of_a_conversation_are_those_of_its_text(real, text):
+    assume(not any(control in text for control in real.control_tokens))  # the next test is of these
     assert real.encode_chat(user(text)) == real.encode(real.apply_chat_template(user(text)), parse_special=True)
 
 

@@ -8,10 +8,13 @@ from safetensors import safe_open
 
 from minilora import cli
 from minilora.llm import load_model
+from minilora.llm.load import model_folder
+from minilora.llm.tokenizer import load_tokenizer
 from minilora.qlora import NF4Linear
 from minilora.torch_lora import load_adapter
 from minilora.torch_lora.inject import adapter_layers
 from minilora.train import command
+from minilora.train.jsonl import read_samples
 from minilora.train.trainer import Training
 
 
@@ -36,7 +39,38 @@ def test_it_leaves_an_adapter_that_opens(method, data, tmp_path, capsys):
     assert all(layer.r == 2 and layer.alpha == 4 and layer.B.any() for layer in layers.values())
 
 
-def test_every_option_reaches_what_it_is_for(data, tmp_path, monkeypatch):
+# Every option, with another value than its default, and where it is to be found; `seen` is what fine_tune was given.
+OPTIONS = {
+    "--method qlora": lambda seen, layer: isinstance(layer.base, NF4Linear),
+    "--r 3": lambda seen, layer: layer.r == 3,
+    "--alpha 5": lambda seen, layer: layer.alpha == 5,
+    "--rslora": lambda seen, layer: layer.use_rslora,
+    "--targets q_proj,down_proj": lambda seen, layer: len(adapter_layers(seen["model"])) == 60,
+    "--dropout 0.25": lambda seen, layer: layer.dropout == 0.25,
+    "--dtype fp32": lambda seen, layer: seen["model"].model.embed_tokens.weight.dtype == torch.float32,
+    "--checkpointing": lambda seen, layer: seen["model"].model.gradient_checkpointing,
+    "--seed 6": lambda seen, layer: seen["seed"] == 6 and torch.initial_seed() == 6,
+    "--lr 0.01": lambda seen, layer: seen["lr"] == 0.01,
+    "--schedule cosine": lambda seen, layer: seen["shape"] == "cosine",
+    "--warmup 0.25": lambda seen, layer: seen["warmup"] == 0.25,
+    "--weight-decay 0.5": lambda seen, layer: seen["weight_decay"] == 0.5,
+    "--max-grad-norm 0.5": lambda seen, layer: seen["max_grad_norm"] == 0.5,
+    "--epochs 2": lambda seen, layer: seen["epochs"] == 2,
+    "--batch 4": lambda seen, layer: seen["batch_size"] == 4,
+    "--accumulate 2": lambda seen, layer: seen["n_parts"] == 2,
+    "--pack 600": lambda seen, layer: seen["pack_tokens"] == 600,
+    "--optimizer adamw-8bit": lambda seen, layer: seen["state_bits"] == 8,
+    "--save-every 7": lambda seen, layer: seen["saving"].every == 7,
+    "--max-tokens 40": lambda seen, layer: max(len(s.tokens) for s in seen["samples"]) <= 40 < seen["longest"],
+    "--template plain": lambda seen, layer: seen["samples"][0].tokens[:1] != seen["own"].tokens[:1],
+    "--eval-every 3": lambda seen, layer: seen["judged_by"].rules.every == 3,
+    "--patience 4": lambda seen, layer: seen["judged_by"].rules.patience == 4,
+    "--max-forgetting 0.5": lambda seen, layer: seen["judged_by"].rules.most_forgotten == 0.5,
+}
+ELSEWHERE = {"help", "data", "out", "base", "eval_data", "parallel"}  # the tests beside this one
+
+
+def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
     seen = {}
 
     def fine_tune(model, samples, **settings):
@@ -44,22 +78,47 @@ def test_every_option_reaches_what_it_is_for(data, tmp_path, monkeypatch):
         return Training([])
 
     monkeypatch.setattr(command, "fine_tune", fine_tune)
-    out = tmp_path / "adapter"
-    options = "--method qlora -r 3 --alpha 5 --lr 0.01 --epochs 2 --batch 4 --dtype fp32 --optimizer adamw-8bit"
-    words = ["train", "--data", str(data), "--out", str(out), *options.split(), "--checkpointing", "--seed", "6"]
-    assert cli.main(words) == 0
+    out, data = tmp_path / "adapter", tmp_path / "data.jsonl"
+    rows = [{"prompt": "word " * n, "completion": "yes"} for n in (3, 4, 5, 60)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = read_samples(data, load_tokenizer(model_folder("smollm2-135m")))
+    seen |= {"own": samples[0], "longest": max(len(sample.tokens) for sample in samples)}
+    options = [word for option in OPTIONS for word in option.split()]
+    assert cli.main(["train", "--data", str(data), "--eval-data", str(data), "--out", str(out), *options]) == 0
 
-    model = seen["model"]
-    layer = model.model.layers[0].self_attn.q_proj
-    assert isinstance(layer.base, NF4Linear)
-    assert (layer.r, layer.alpha, model.model.embed_tokens.weight.dtype) == (3, 5, torch.float32)
-    assert model.model.gradient_checkpointing
-    assert {name: seen[name] for name in ("lr", "epochs", "batch_size", "state_bits", "seed")} == {
-        "lr": 0.01, "epochs": 2, "batch_size": 4, "state_bits": 8, "seed": 6,
-    }  # fmt: skip
+    layer = seen["model"].model.layers[0].self_attn.q_proj
+    assert [option for option, arrived in OPTIONS.items() if not arrived(seen, layer)] == []
+    parser = cli.Parser()
+    cli._train_arguments(parser)
+    names = {option.split()[0].removeprefix("--").replace("-", "_") for option in OPTIONS}
+    assert {action.dest for action in parser._actions} == names | ELSEWHERE, "an option that is not looked at here"
     with safe_open(out / "adapter_model.safetensors", framework="pt") as file:
-        assert file.metadata()["base_sha256"] == model.origin.sha256
-    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == model.origin.name
+        assert file.metadata()["base_sha256"] == seen["model"].origin.sha256
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == seen["model"].origin.name
+
+
+def test_a_folder_with_other_things_in_it_is_not_trained_into(data, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("{}")
+
+    assert cli.main(["train", "--data", str(data), "--out", str(tmp_path / "out")]) == 2
+    assert "holds other things, which a training would mix with its own" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_samples_to_measure_on_are_checked_before_anything_is_loaded(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "load_model", None)
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "a b " * 5000, "completion": "c"}))
+    words = ["train", "--data", str(data), "--out", str(tmp_path / "out"), "--eval-data", str(held_out)]
+
+    assert cli.main(words) == 2
+    assert "line 1 of " in (message := capsys.readouterr().err)
+    assert "held_out.jsonl" in message
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*words[:-1], str(data), "--patience", "-1"]) == 2
+    assert "patience is -1" in capsys.readouterr().err
 
 
 def test_what_was_learnt_before_training_broke_off_is_saved(data, tmp_path, monkeypatch, capsys):
@@ -116,6 +175,8 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(data, tmp_pa
         (["--lr", "inf"], "the learning rate is inf: choose one above 0, such as 2e-4"),
         (["--base", "nothing"], "there is no model 'nothing'"),
         (["--base", "a.gguf"], "a.gguf is a GGUF file, made for answering: train on the folder"),
+        (["--warmup", "1"], "warm-up is 1.0, weight decay 0.0, and gradients are clipped to a norm of 1.0"),
+        (["--targets", "q_proj,q_porj"], "q_porj"),
         (["--r", "0"], "r is 0: it must be 1 or more"),
     ],
 )
