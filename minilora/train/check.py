@@ -14,10 +14,11 @@ Read before: train/jsonl.
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
+from typing import NamedTuple
 
 from minilora.llm.config import ModelConfig
 from minilora.llm.load import model_folder
@@ -29,6 +30,13 @@ LONG_QUESTION = 20  # characters
 MOST_TOLD = 10  # lines of one kind
 PROBLEMS_FOUND = 1  # exit code
 MASKED, LEARNT, PLAIN = "\x1b[2m", "\x1b[30;42m", "\x1b[0m"
+
+
+class Asked(NamedTuple):
+    """A question, and the line that it stands in."""
+
+    question: str
+    line: int
 
 
 @dataclass(frozen=True)
@@ -159,25 +167,27 @@ def _twice(samples: Iterable[Sample]) -> list[Problem]:
     return problems
 
 
-def _leaked(trained: Mapping[str, int], tested: Mapping[str, int], against: Path) -> list[Problem]:
+def _leaked(trained: Sequence[Asked], tested: Sequence[Asked], against: Path) -> list[Problem]:
     text = f"its question is asked in {against} too (there: number in brackets)"
-    return [Problem(line, text, tested[question]) for question, line in trained.items() if question in tested]
+    there = {asked.question: asked.line for asked in reversed(tested)}
+    lines = {asked.line: there[asked.question] for asked in reversed(trained) if asked.question in there}
+    return [Problem(line, text, other) for line, other in lines.items()]
 
 
-def _questions(path: Path, samples: Iterable[Sample]) -> dict[str, int]:
-    """What is asked in a file, and in which line first: case and spaces aside, whatever the system prompt says.
+def _questions(path: Path, samples: Iterable[Sample]) -> list[Asked]:
+    """What is asked in a file: case and spaces aside, whatever the system prompt says.
 
     Of a conversation all questions count, but short ones ("Why?") only where they are the first.
     """
     readable = {number_of(sample) for sample in samples}
-    asked: dict[str, int] = {}
+    found = []
     for number, line in enumerate(lines_of(path), start=1):
         if number in readable:
             turns = [m for m in messages_of(json.loads(line)) if m["role"] == "user"]
             questions = [" ".join(f"{m['content']} {m.get('input', '')}".casefold().split()) for m in turns]
-            for question in questions[:1] + [q for q in questions[1:] if len(q) >= LONG_QUESTION]:
-                asked.setdefault(question, number)
-    return asked
+            counted = questions[:1] + [question for question in questions[1:] if len(question) >= LONG_QUESTION]
+            found += [Asked(question, number) for question in counted]
+    return found
 
 
 def _lines(numbers: Sequence[str]) -> str:

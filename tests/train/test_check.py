@@ -63,6 +63,36 @@ def test_every_kind_of_problem_is_told_with_its_lines(tmp_path, capsys):
     assert f"note      1 lines of {test} cannot be read" in out and out[-1] == "7 problems found"
 
 
+def test_a_leak_is_found_whatever_its_case_its_spaces_its_system_text_and_its_turn(tmp_path, capsys):
+    question = "Which river runs through Basel?"
+    turns = [("user", "Hello."), ("assistant", "Hi."), ("user", question), ("assistant", "The Rhine.")]
+    data = written(
+        tmp_path / "data.jsonl",
+        row(question.upper() + " ", "Rhine"),
+        row(question, "Rhine") | {"system": "Be brief."},
+        {"messages": [{"role": role, "content": text} for role, text in turns]},
+        row("Which river runs through Bern?", "Aare"),
+        row("Why?", "Because."),
+    )
+    test = written(
+        tmp_path / "test.jsonl",
+        row(question, "the Rhine"),
+        {"messages": [{"role": r, "content": t} for r, t in [("user", "a"), ("assistant", "b")] * 2]},
+    )
+
+    assert cli.main(["check", str(data), "--against", str(test)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("its question is asked in") == 1 and "problem   lines 1 (1), 2 (1), 3 (1): its question" in out
+
+
+def test_a_length_that_95_of_100_stay_below_is_one_that_there_is(tmp_path, tokenizer):
+    data = written(tmp_path / "data.jsonl", row("1?", "One."), row("so " * 200, "Two."))
+    report = check_data(data, tokenizer, "model", 8192)
+    most = max(len(sample.tokens) for sample in report.samples)
+
+    assert int(str(report).split("95 of 100 below ")[1].split()[0]) <= most
+
+
 def test_the_figures_are_those_of_the_samples(tmp_path, tokenizer):
     data = written(tmp_path / "data.jsonl", *(row("a" * n, "b" * n) for n in range(1, 30)))
     samples = read_samples(data, tokenizer)

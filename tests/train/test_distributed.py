@@ -22,6 +22,7 @@ from two_processes import CASES, METHODS, N_STEPS, SOME, WAYS, batches, name_of,
 
 import minilora
 from minilora import cli
+from minilora.train.checkpoint import read_checkpoint
 from minilora.train.data import Batch, collate, mask_prompt
 from minilora.train.distributed import process_group, shares
 
@@ -239,6 +240,20 @@ def test_a_run_of_two_processes_that_is_killed_goes_on_to_the_same_bytes(way, wo
     assert losses_in(killed) == losses_in(whole)
     adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in (whole, killed)]
     assert adapters[0] == adapters[1]
+
+
+def test_ctrl_c_in_one_process_stops_both_at_the_same_step(words, tmp_path):
+    """A terminal sends it to all; but one may finish a step before it comes, and another after."""
+    out = tmp_path / "out"
+    run = torchrun("-m", "minilora.cli", *words, "--epochs", "4000", "--out", str(out), stdout=subprocess.PIPE)
+    while not (out / "metrics.jsonl").exists() or len(losses_in(out)) < 3:
+        assert run.poll() is None
+        time.sleep(0.01)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGINT)
+
+    assert f"go on    minilora resume {out}" in finish(run)
+    assert read_checkpoint(out / "checkpoint.safetensors").step == len(losses_in(out)) < 4000
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from minilora.llm import Decoder, ModelConfig, load_model
 from minilora.llm.read_gguf import GGUFModel
 from minilora.llm.write_gguf import write_model
 from minilora.qlora import QLoRALinear
-from minilora.torch_lora import LoRALinear, inject, save_adapter
+from minilora.torch_lora import LoRALinear, inject, save_adapter, train_modules
 from minilora.torch_lora.inject import ALL_LINEAR, adapter_layers
 from minilora.torch_lora.peft_format import lora_layer
 from minilora.train.export import adapter_pairs, export, merged_weight
@@ -188,3 +188,15 @@ def test_the_template_that_an_adapter_was_trained_with_goes_into_the_file(base, 
     export(base, tmp_path / "adapter", tmp_path / "out.gguf", "F32")
     _, tokenizer = load_model(tmp_path / "out.gguf")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}]) == "ab?"
+
+
+@pytest.mark.parametrize(
+    "train_more", [lambda m: train_modules(m, "norm"), lambda m: train_modules(m, "input_layernorm")]
+)
+def test_an_adapter_that_replaces_tensors_is_not_written_without_them(base, tmp_path, train_more):
+    model = adapted(base, ["q_proj"])
+    train_more(model)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"replaces [12] tensors of the base, .*write the merged model"):
+        export(base, tmp_path / "adapter", tmp_path / "out.gguf", "adapter")
+    assert not (tmp_path / "out.gguf").exists()

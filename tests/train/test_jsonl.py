@@ -88,6 +88,19 @@ def test_an_instruction_and_its_input_are_one_question(tmp_path, tokenizer):
             {"messages": [{"role": "tool", "content": "a"}] * 2},
             "message 1 is .*'tool'.*give it a role .system, user, ass",
         ),
+        (
+            {"prompt": "a", "completion": "b", "tools": [{}]},
+            "it has tools, which is not read here: write it",
+        ),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "it has history, which is not read here"),
+        ({"prompt": "a", "completion": "b", "system": 3}, "its system should be there"),
+        ({"prompt": "\ud800", "completion": "b"}, "its prompt should be there; it needs .*, all of them texts"),
+        ({"instruction": "a", "output": "b", "input": 0}, "its input should be there"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+            "message 2 has weight, which is not read here",
+        ),
+        ({"messages": [{"role": "user", "content": "a", "input": 5}] * 2}, "message 1 is .*: give it a role"),
         ({"messages": [{"role": "user", "content": "a"}, 3]}, "message 2 is 3: give it a role"),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "the last message has to be the assistant's"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "after at least one other"),
@@ -96,6 +109,15 @@ def test_an_instruction_and_its_input_are_one_question(tmp_path, tokenizer):
 def test_a_row_of_another_form_is_refused(row, message):
     with pytest.raises(ValueError, match=message):
         messages_of(row)
+
+
+@pytest.mark.parametrize("form", [{"prompt": "a", "completion": "b"}, {"instruction": "a", "output": "b"}])
+def test_a_system_text_is_read_and_an_id_passed_over(form):
+    assert messages_of(form | {"system": "Be brief.", "id": 7, "input": None}) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
 
 
 def test_bad_lines_are_told_by_number(tmp_path, tokenizer):

@@ -8,7 +8,7 @@ from torch import nn
 
 from minilora.train.data import collate, mask_prompt
 from minilora.train.evaluate import mean_loss, perplexity
-from minilora.train.judging import Judges, Rules, judge
+from minilora.train.judging import Judges, Rules, best_of, judge
 from minilora.train.listeners import MetricsLog
 from minilora.train.loss import loss_of
 from minilora.train.trainer import train
@@ -88,6 +88,18 @@ def test_a_training_is_measured_and_ended(tmp_path):
     assert (log.measured[0]["target"], log.measured[0]["general"]) == before
     assert log.measured[-1]["general"] - before[1] > 0.3 >= log.measured[-2]["general"] - before[1]
     assert said[0].startswith(f"step 0: loss on held-out samples {before[0]:.3f}; gained 0.000, forgotten 0.000")
+
+
+def test_the_best_step_is_kept_and_not_the_one_that_ended_it(tmp_path):
+    model, batch, general, kept = TinyModel(), batch_of(3, 4), [5, 6, 7, 8] * 200, []
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    listener = judge(model, Judges([batch], general, Rules(3, None, 0.3), kept.append), log, lambda text: None)
+    training = train(model, [batch] * 50, torch.optim.AdamW(model.parameters(), lr=0.1), listeners=[listener])
+
+    assert training.stopped_by.startswith("forgetting")
+    assert kept == [line["step"] for line in log.measured[1:-1]]  # each was better than the one before; the last forgot
+    measured = [{"step": n, "target": t, "general": g} for n, (t, g) in enumerate([(3, 1), (1, 1.5), (2, 1), (0, 2)])]
+    assert [best_of(measured, most)["step"] for most in (None, 0.6, 0.2)] == [3, 1, 2]
 
 
 def test_a_training_that_goes_on_is_compared_with_its_very_beginning(tmp_path):

@@ -1,6 +1,7 @@
 """Packed rows: each sample as if it stood alone."""
 
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,16 @@ def test_what_cannot_be_packed_is_refused():
         packed_rows(samples(), 9)
     with pytest.raises(ValueError, match="cannot pack rows=0 of max_tokens=9"):
         make_packed_batches(samples(), 0, 9, pad=0, seed=0)
+
+
+def test_a_row_is_filled_as_well_as_can_be():
+    sizes = [6, 5, 4, 5, 3, 2]
+    texts = [Sample([1] * size, [1] * size) for size in sizes]
+    rows = packed_rows(texts, 10)
+    assert [[len(sample.tokens) for sample in row] for row in rows] == [[6, 4], [5, 5], [3, 2]]
+
+
+def test_the_masks_of_a_training_are_not_kept():
+    batch = make_packed_batches(samples(), 2, 64, 0, seed=0)[0]
+    mask = weakref.ref(batch.mask)
+    assert mask() is None

@@ -8,9 +8,12 @@ from tiny_run import write_base, write_data
 
 from minilora import cli
 from minilora.train import chat
-from minilora.train.chat import say
+from minilora.train.chat import say, shortened
 from minilora.train.compare import split_last_answer
-from minilora.train.data import Sample, mask_prompt
+from minilora.train.data import Sample, make_batches, mask_prompt
+from minilora.train.evaluate import mean_loss
+from minilora.train.jsonl import read_samples
+from minilora.train.templates import with_template
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,52 @@ def test_the_last_answer_is_what_is_compared():
 
     assert split_last_answer(single) == ([1, 2], [3, 4, 0])
     assert split_last_answer(double) == ([1, 2, 0, 5], [6, 0])
+
+
+def test_a_template_that_takes_one_question_is_asked_the_last(base, tmp_path, capsys, monkeypatch):
+    (tmp_path / "adapter").mkdir()
+    _, tokenizer = chat.load_adapted(str(base), None, chat.torch.float32)
+    alpaca = with_template(tokenizer, "alpaca")
+    talk = [{"role": role, "content": text} for role, text in (("user", "1"), ("assistant", "2"), ("user", "3"))]
+
+    left, prompt = shortened(talk, alpaca, most=100)
+    assert left == talk[2:] and prompt == alpaca.encode_chat(talk[2:])
+    assert "forgets the question before: the chat template failed: Alpaca knows one question" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Alpaca knows one question"):
+        shortened([{"role": "system", "content": "Be brief."}, talk[0]], alpaca, most=100)
+
+
+def test_a_talk_as_long_as_the_model_forgets_its_beginning(base, capsys):
+    _, tokenizer = chat.load_adapted(str(base), None, chat.torch.float32)
+    system = {"role": "system", "content": "Be brief."}
+    talk = [system, *({"role": role, "content": "so " * 50} for _ in range(9) for role in ("user", "assistant"))][:-1]
+    whole = tokenizer.encode_chat(talk)
+
+    left, prompt = shortened(talk, tokenizer, most=len(whole) - 1)
+    assert left == [system, *talk[3:]] and prompt == tokenizer.encode_chat(left)
+    assert "as long as the model can read" in capsys.readouterr().out
+    assert shortened(talk, tokenizer, most=len(whole)) == (talk, whole)
+
+
+def test_a_prompt_that_leaves_less_room_than_the_longest_answer_is_answered_all_the_same(base, tmp_path):
+    rows = [{"prompt": "so " * 450, "completion": "yes"}, {"prompt": "so", "completion": "no " * 150}]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    assert cli.main(["eval", "--data", str(data), "--base", str(base)]) == 0
+
+
+def test_the_best_adapter_is_left_beside_the_last(base, tmp_path, capsys):
+    data, held_out = write_data(tmp_path / "data.jsonl", 12), write_data(tmp_path / "held_out.jsonl", 3)
+    out = tmp_path / "out"
+    options = ["--lr", "0.05", "--epochs", "6", "-r", "4", "--batch", "4", "--eval-every", "2", "--template", "plain"]
+    words = ["train", "--base", str(base), "--data", str(data), "--eval-data", str(held_out), "--out", str(out)]
+    assert cli.main([*words, *options]) == 0
+
+    assert f"best     {out / 'best'}" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["target"] for line in lines if "target" in line}
+    model, tokenizer = chat.load_adapted(str(base), str(out / "best"), chat.torch.bfloat16)
+    samples = read_samples(held_out, tokenizer)
+    loss = mean_loss(model, make_batches(samples, 4, tokenizer.pad, seed=0))
+    assert loss == pytest.approx(min(measured.values()), rel=1e-6)

@@ -10,7 +10,7 @@ from torch import nn
 from minilora.train.data import collate, mask_prompt
 from minilora.train.listeners import progress_bar
 from minilora.train.loss import loss_of
-from minilora.train.trainer import Step, Training, in_parts, train, warmup_then_decay
+from minilora.train.trainer import CTRL_C, Step, Training, in_parts, train, warmup_then_decay
 
 
 class TinyModel(nn.Module):
@@ -200,6 +200,46 @@ def test_the_schedule_never_rests_at_zero():
 
     assert all(0 < schedule(number) <= 1 for number in range(1, 101))
     assert max(range(1, 101), key=schedule) == 11
+
+
+@pytest.mark.parametrize(
+    ("shape", "factors"),
+    [
+        ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1 / 3, 2 / 3, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]),  # cos of π/4, π/2, 3π/4
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+    ],
+)
+def test_a_schedule_has_its_shape(shape, factors):
+    schedule = warmup_then_decay(6, 2, shape)
+
+    assert [schedule(number) for number in range(1, 7)] == pytest.approx(factors)
+
+
+def test_a_shape_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="no schedule has the shape 'square': choose linear, cosine, constant"):
+        warmup_then_decay(6, 2, "square")
+
+
+def test_all_processes_stop_where_one_does(batch):
+    asked = []
+
+    def anywhere(flag):
+        asked.append(flag)
+        return len(asked) == 2  # another one was told to
+
+    model = TinyModel()
+    training = train(model, [batch] * 5, torch.optim.SGD(model.parameters(), lr=0.1), anywhere=anywhere)
+
+    assert asked == [False, False] and len(training.steps) == 2
+    assert training.stopped_by == CTRL_C
+
+
+def test_the_norms_of_all_gradients_are_for_listeners_and_not_kept(batch):
+    model, heard = TinyModel(), []
+    training = train(model, [batch], torch.optim.SGD(model.parameters(), lr=0.1), listeners=[heard.append])
+
+    assert heard[0].grad_norms and not training.steps[0].grad_norms
 
 
 def test_a_finished_training_says_what_it_took():
