@@ -43,6 +43,7 @@ bench: base
 	@$(PY) benchmarks/growth.py
 	@$(PY) benchmarks/generation.py --json runs/bench/generation.json
 	@$(PY) benchmarks/serving.py --json runs/bench/serving.json
+	@$(PY) benchmarks/dora_step.py --json runs/bench/dora_step.json
 	@$(PY) benchmarks/demo_task.py --json runs/bench/demo_task.json
 
 build: base

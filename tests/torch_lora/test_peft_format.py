@@ -1,8 +1,8 @@
 """Adapters as files: strict both ways, refused with the reason, never half-written. (tests/compat has PEFT itself.)"""
 
 import json
+import os
 import re
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -116,15 +116,14 @@ def test_saving_over_an_adapter_leaves_no_temporary_file(saved):
 
 def test_saving_that_breaks_off_leaves_the_old_files_whole(saved, monkeypatch):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    made, real = [], tempfile.NamedTemporaryFile
+    synced = []
 
-    def disk_full(**settings):
-        made.append(settings)
-        if len(made) == 2:  # the tensors are written, the config is not
+    def disk_full(descriptor):
+        synced.append(descriptor)
+        if len(synced) == 2:  # the tensors are written, the config is not
             raise OSError("no space left on device")
-        return real(**settings)
 
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", disk_full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="no space left"):
         save_adapter(adapted(r=3), saved)
 
