@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "llm": {"files", "cpu"},
     "qlora": {"torch_lora", "cpu", "numpy_lora.nf4"},
     "methods": {"torch_lora"},
-    "train": {"files", "torch_lora", "qlora", "llm", "cpu"},
+    "train": {"files", "torch_lora", "methods", "qlora", "llm", "cpu"},
     "classroom": {"files", "numpy_lora", "torch_lora", "llm", "qlora", "methods", "train"},
     "cli": set(),
     "doctor": set(),

@@ -1,6 +1,7 @@
 """The family: what others made of LoRA, one paper a file, each over a whole layer or model of the base."""
 
 from minilora.methods.dora import DoRAConv1D, DoRALinear, dora_layer
+from minilora.methods.layer_for import layer_for
 from minilora.methods.loraplus import loraplus_groups
 
-__all__ = ["DoRAConv1D", "DoRALinear", "dora_layer", "loraplus_groups"]
+__all__ = ["DoRAConv1D", "DoRALinear", "dora_layer", "layer_for", "loraplus_groups"]

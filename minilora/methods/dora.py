@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minilora.torch_lora.adapter_layer import dense_weight
+from minilora.torch_lora.adapter_layer import AdapterLayer, dense_weight
 from minilora.torch_lora.layers import LoRAConv1D, LoRALinear, bypass
 
 TINY = torch.finfo(torch.float32).tiny  # of a row of zeros, in the place of its length: 0 / TINY is 0
@@ -84,8 +84,12 @@ class DoRALinear(LoRALinear):
 
     def adapt(self, W: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         """Give W′ = m ⊙ V / ‖V‖."""
-        V = self._rows(super().adapt(W))
+        V = self._rows(W + super().delta_weight().to(W.dtype))
         return self._rows((self.m / V.norm(dim=1).clamp_min(TINY))[:, None] * V)
+
+    def delta_weight(self) -> Float[Tensor, "rows columns"]:
+        """Form W′ − W, in the layout of the base's weight: no longer of rank r."""
+        return AdapterLayer.delta_weight(self)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         return super().adapter_tensors() | {"m": self.m}

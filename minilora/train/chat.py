@@ -16,6 +16,7 @@ from minilora.llm.generation import stream
 from minilora.llm.load import load_model
 from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Message, Tokenizer
+from minilora.methods import layer_for
 from minilora.torch_lora import load_adapter
 from minilora.train.templates import with_trained_template
 
@@ -29,7 +30,7 @@ def load_adapted(base: str, adapter: str | None, dtype: torch.dtype) -> tuple[De
     model, tokenizer = load_model(base, dtype=dtype)
     if adapter is None:
         return model, tokenizer
-    load_adapter(model, adapter, base_sha256=model.origin.sha256)
+    load_adapter(model, adapter, layer_for(adapter), base_sha256=model.origin.sha256)
     return model.eval(), with_trained_template(tokenizer, adapter)
 
 

@@ -20,6 +20,7 @@ from minilora.files import write_whole
 from minilora.llm.load import load_model
 from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer
+from minilora.methods import layer_for
 from minilora.torch_lora import load_adapter
 from minilora.train.data import IGNORED, Sample, make_batches
 from minilora.train.evaluate import GENERAL_TOKENS, english_tokens, exact_match, generate_answers, mean_loss, perplexity
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     samples = read_samples(Path(args.data), tokenizer, args.template)
     grades = {"base": grade(model, tokenizer, samples)}
     if args.adapter is not None:
-        load_adapter(model, args.adapter, base_sha256=model.origin.sha256)
+        load_adapter(model, args.adapter, layer_for(args.adapter), base_sha256=model.origin.sha256)
         grades["adapter"] = grade(model.eval(), tokenizer, samples)
     print(table(grades, len(samples)))
     if args.json is not None:

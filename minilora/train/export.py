@@ -20,6 +20,7 @@ from minilora.llm.gguf_vocabulary import vocabulary_of
 from minilora.llm.load import load_model
 from minilora.llm.model import Decoder
 from minilora.llm.write_gguf import KINDS, Pair, Written, write_adapter, write_model
+from minilora.methods import layer_for
 from minilora.torch_lora import load_adapter
 from minilora.torch_lora.adapter_layer import AdapterLayer, dense_weight
 from minilora.torch_lora.inject import adapter_layers, lora_layers
@@ -66,7 +67,7 @@ def export(
         raise ValueError(f"{out} does not end in .gguf, by which llama.cpp and load_model know the format")
     model, tokenizer = load_model(base, dtype=dtype)
     if adapter is not None:
-        load_adapter(model, adapter, base_sha256=model.origin.sha256)
+        load_adapter(model, adapter, layer_for(adapter), base_sha256=model.origin.sha256)
         tokenizer = with_trained_template(tokenizer, adapter)
     if kind == ADAPTER:
         if replaced := replaced_tensors(model):

@@ -20,8 +20,9 @@ from torch import nn
 from minilora.llm.load import load_model, model_folder
 from minilora.llm.model import Origin
 from minilora.llm.save import refuse_taken, save_model
-from minilora.qlora import QLoRALinear
-from minilora.torch_lora import load_adapter, lora_layer
+from minilora.methods import layer_for
+from minilora.qlora import NF4Linear
+from minilora.torch_lora import load_adapter
 from minilora.torch_lora.merging import MergeReport, merged_state, warn_if_erased
 from minilora.train.templates import trained_template
 
@@ -32,7 +33,7 @@ STORED = {
     "BF16": torch.bfloat16,
 }  # safetensors' names
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-METHODS: Mapping[str, Callable[..., nn.Module]] = {"lora": lora_layer, "qlora": QLoRALinear}
+METHODS: Mapping[str, Callable[[nn.Module], nn.Module]] = {"lora": lambda base: base, "qlora": NF4Linear}  # of bases
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,9 +52,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def merge_to_folder(
-    base: str, adapter: Path, out: Path, dtype: torch.dtype, wrap: Callable[..., nn.Module] = lora_layer
+    base: str, adapter: Path, out: Path, dtype: torch.dtype, stored: Callable[[nn.Module], nn.Module] = METHODS["lora"]
 ) -> MergeReport:
     """Write the folder, and report; as merge_model and save_model, whose errors and warning these are.
+
+    `stored` gives each layer of the base as the adapter was trained over it: NF4Linear for one of QLoRA.
 
     Raises:
         ValueError: if the base is a GGUF file, which has no tokenizer files to copy.
@@ -63,6 +66,11 @@ def merge_to_folder(
     refuse_taken(out)  # if this cannot be, better now than after loading
     folder = model_folder(base)
     model, _ = load_model(base, dtype=stored_dtype(folder))
+    layer = layer_for(adapter)
+
+    def wrap(base: nn.Module, *, r: int, alpha: float, dropout: float, use_rslora: bool) -> nn.Module:
+        return layer(stored(base), r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+
     load_adapter(model, adapter, wrap, base_sha256=model.origin.sha256)
     report = MergeReport(str(dtype).removeprefix("torch."), {})
     weights = merged_state(model, dtype, report)

@@ -37,6 +37,7 @@ MUTANTS = [
     Mutant("dropout leaves the correction alone", "dora.py", "h, g = self.base(dropped)", "h, g = self.base(x)"),
     Mutant("a Conv1D's columns are taken for rows", "dora.py", "return W.T if self.stores_in_by_out else W", "return W"),
     Mutant("m is not saved", "dora.py", 'return super().adapter_tensors() | {"m": self.m}', "return super().adapter_tensors()"),
+    Mutant("the update is LoRA's", "dora.py", "return AdapterLayer.delta_weight(self)", "return super().delta_weight()"),
     Mutant("a row of zeros becomes NaN", "dora.py", ".clamp_min(0).sqrt().clamp_min(TINY)", ".sqrt()"),
     Mutant("a copy of the result is kept", "dora.py", "ctx.save_for_backward(y, g, bias)", "ctx.save_for_backward(h * g, g, bias)"),
     Mutant("A gets B's rate", "loraplus.py", 'of_adapters.get(p) == "B"', 'of_adapters.get(p) == "A"'),

@@ -116,6 +116,13 @@ def test_merging_gives_the_live_output_and_unmerging_the_same_bits(base):
     torch.testing.assert_close(layer.fused()(x), live, rtol=1e-5, atol=1e-5)
 
 
+def test_the_update_is_what_merging_adds(base):
+    layer = trained(base)
+    W = dense_weight(base, torch.float32)
+    torch.testing.assert_close(W + layer.delta_weight(), layer.merged_weight(torch.float32), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.adapt(W), layer.merged_weight(torch.float32), rtol=0, atol=0)
+
+
 def test_dropout_leaves_the_bases_own_output_whole(base):
     x = torch.randn(5, 12)
     layer = trained(base, dropout=0.5).train()
