@@ -927,8 +927,8 @@ if has_peft:
 # cannot see; [loralib](https://github.com/microsoft/LoRA), the authors' own layer, which merges when you call
 # `eval()`: compare with section 7.
 #
-# And read `minilora/torch_lora/layers.py`: you know every line of its `LoRALinear` now, and of `merged`. Lesson
-# 05, which is planned, puts it into a whole model by name.
+# And read `minilora/torch_lora/layers.py`: you know every line of its `LoRALinear` now, and of `merged`, in
+# `adapter_layer.py` beside it. Lesson 05, which is planned, puts it into a whole model by name.
 #
 # ### Before you go
 #
