@@ -83,10 +83,8 @@ def train_here(
         FloatingPointError: if training breaks off; the adapter is that of the step before.
     """
     out = Path(args.out)
-    if not resume and (out / CHECKPOINT).exists():
-        raise ValueError(f"{out} holds a training: go on with `minilora resume {out}`, or choose another --out")
-    if not resume and out.is_dir() and any(out.iterdir()) and not (out / RUN).exists():
-        raise ValueError(f"{out} holds other things, which a training would mix with its own: choose another --out")
+    if rank == 0 and not resume:  # the others might see what the first has begun to write
+        refuse_used(out)
     plan = planned(args, free_bytes, world)
     if rank == 0:
         write_whole({out / RUN: json.dumps(findable(args), indent=2).encode()})  # if this cannot be, better now
@@ -138,6 +136,17 @@ def train_here(
     if training.stopped_by == CTRL_C:
         print(f"go on    minilora resume {shlex.quote(str(out))}")
     return 0
+
+
+def refuse_used(out: Path) -> None:
+    """
+    Raises:
+        ValueError: if a folder holds a training that can go on, or things that are no training's.
+    """
+    if (out / CHECKPOINT).exists():
+        raise ValueError(f"{out} holds a training: go on with `minilora resume {out}`, or choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / RUN).exists():
+        raise ValueError(f"{out} holds other things, which a training would mix with its own: choose another --out")
 
 
 def in_processes(model: nn.Module, args: argparse.Namespace, rank: int) -> Together | None:
