@@ -69,12 +69,14 @@ class AdapterServer:
         self._skeleton = _skeleton(model, self._layers)
         self.cache = AdapterCache(limit_bytes, size_of=self._size_of, read=self._read)
         self._routing = Routing()
-        names = {id(model.get_submodule(name)): name for name in self._layers}
+        # of a module with several names the first one counts, by which files call it
+        names = {id(model.get_submodule(name)): name for name in reversed(self._layers)}
         inject(model, targets, lambda base: RoutedLinear(base, names[id(base)], self._routing))
         first: Any = model.get_submodule(self._layers[0])
         weight = next((p for p in first.base.parameters() if p.is_floating_point()), None)
         self._dtype = torch.float32 if weight is None else weight.dtype
         self._device = next(iter([*first.base.parameters(), *first.base.buffers()])).device
+        self._is_closed = False
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> "Iterator[BatchRows]":
@@ -86,8 +88,10 @@ class AdapterServer:
         Raises:
             AdapterError: if adapters cannot be had; its `failures` names them, so that the other rows can be served.
             ValueError: if the batch's adapters are larger than the cache's limit.
-            RuntimeError: inside another `with` of this kind.
+            RuntimeError: inside another `with` of this kind, or after close().
         """
+        if self._is_closed:
+            raise RuntimeError("this server is closed: its model is the plain base again; make another one")
         if self._routing.batch is not None:
             raise RuntimeError("this thread serves a batch already: end that `with` before the next")
         with self.cache.borrow({name for name in names if name is not None}) as adapters:
@@ -100,6 +104,7 @@ class AdapterServer:
 
     def close(self) -> None:
         """Give the model its layers back, the same objects, in place. Parameters stay frozen."""
+        self._is_closed = True
         for name in self._layers:
             parent, _, leaf = name.rpartition(".")
             layer: Any = self.model.get_submodule(name)

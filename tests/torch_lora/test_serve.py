@@ -431,3 +431,27 @@ def test_threads_serve_batches_at_the_same_time_with_their_own_rows(model, tmp_p
     assert wrong == []
     assert server.cache.counts.evictions > 0
     assert server.cache.counts.resident_bytes <= server.cache.limit_bytes
+
+
+@torch.no_grad()
+def test_a_layer_with_two_names_is_served_as_it_was_trained(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.a = model.b = nn.Linear(6, 6)
+    plain = copy.deepcopy(model)
+    inject(plain, "all-linear", lambda base: LoRALinear(base, r=2, alpha=4))
+    plain.a.B.normal_()
+    save_adapter(plain, tmp_path)
+    server = AdapterServer(model, limit_bytes=10_000)
+    server.cache.register("one", tmp_path)
+    x = torch.randn(1, 3, 6)
+
+    with server.rows(["one"]):
+        torch.testing.assert_close(model.b(x), plain.a(x))
+
+
+def test_a_closed_server_does_not_answer_in_an_adapters_name(model, tmp_path):
+    server = server_of(model, write_adapters(model, tmp_path))
+    server.close()
+    with pytest.raises(RuntimeError, match="this server is closed"), server.rows(["r4"]):
+        pass
