@@ -11,10 +11,11 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from minilora import __version__
 
@@ -52,9 +53,20 @@ def _demo(args: argparse.Namespace) -> int:
 DATA_HELP = 'JSONL; a line has "messages", "prompt" and "completion", or "instruction", "input" and "output"'
 
 
-def _add_template(parser: argparse.ArgumentParser) -> None:
+def _add_template(parser: argparse.ArgumentParser, its_own: str = "its own") -> None:
     names = ("model", "chatml", "alpaca", "plain")
-    parser.add_argument("--template", choices=names, default="model", help="how it is written down (default: its own)")
+    told = f"how conversations are written down (default: {its_own})"
+    parser.add_argument("--template", choices=names, default="model", help=told)
+
+
+def _add_adapter(parser: argparse.ArgumentParser, *, required: bool = False, without: str = "") -> None:
+    """The options of a base with an adapter on it, which train/adapted opens."""
+    add = parser.add_argument
+    add("--adapter", metavar="FOLDER", required=required, help=f"in PEFT's layout{without}")
+    add("--base", default="smollm2-135m", metavar="MODEL", help="a name, or a folder (default %(default)s)")
+    told = "what the adapter was trained over: the weights, or 4 bits (default: as its file says, else lora)"
+    add("--method", choices=("lora", "qlora"), help=told)
+    _add_template(parser, "the adapter's, else the model's")
 
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,9 +187,7 @@ def _resume(args: argparse.Namespace) -> int:
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", required=True, metavar="FILE", help=DATA_HELP)
-    add("--adapter", metavar="FOLDER", help="in PEFT's layout; without it the base alone is measured")
-    add("--base", default="smollm2-135m", metavar="MODEL", help="a name, or a folder (default %(default)s)")
-    _add_template(parser)
+    _add_adapter(parser, without="; without it the base alone is measured")
     add("--json", metavar="FILE", help="write the numbers here too")
 
 
@@ -190,9 +200,9 @@ def _eval(args: argparse.Namespace) -> int:
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("question", nargs="?", help="answer this alone; without it a conversation begins")
-    add("--adapter", metavar="FOLDER", help="in PEFT's layout")
-    add("--base", default="smollm2-135m", metavar="MODEL", help="a name, or a folder (default %(default)s)")
+    _add_adapter(parser)
     add("--system", metavar="TEXT", help="what the model is told first")
+    add("--input", metavar="TEXT", help="what each question is about: Alpaca's input, else below the question")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default %(default)s)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens alone (default 1)")
@@ -207,11 +217,9 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--adapter", required=True, metavar="FOLDER", help="in PEFT's layout")
+    _add_adapter(parser, required=True)
     add("--out", required=True, metavar="FOLDER", help="for the model, in Hugging Face's layout")
-    add("--base", default="smollm2-135m", metavar="MODEL", help="a name, or a folder (default %(default)s)")
     add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the merged weights (default %(default)s)")
-    add("--method", choices=("lora", "qlora"), default="lora", help="what the adapter was trained over (default lora)")
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -224,8 +232,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     kinds = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "adapter")
     add("--out", required=True, metavar="FILE", help="the .gguf file to write")
-    add("--adapter", metavar="FOLDER", help="in PEFT's layout; without it the base alone is written")
-    add("--base", default="smollm2-135m", metavar="MODEL", help="a name, or a folder (default %(default)s)")
+    _add_adapter(parser, without="; without it the base alone is written")
     add(
         "--kind", choices=kinds, default="F16", help="of the merged weights; or the adapter alone (default %(default)s)"
     )
@@ -380,7 +387,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "→" shows "?" and nothing fails
     try:
-        code = run_command([word for word in words if word != "--traceback"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = _note
+            code = run_command([word for word in words if word != "--traceback"])
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -394,6 +404,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"minilora: {_one_line(error)}", file=sys.stderr)
         return EXIT_ERROR
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning as a line for whoever typed the command: where in the source it was made helps nobody there."""
+    print(f"minilora: note: {message}", file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:

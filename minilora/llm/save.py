@@ -13,6 +13,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,10 +22,11 @@ from torch import Tensor
 from minilora.llm.load import HEAD
 from minilora.llm.tokenizer import TEMPLATE_FILE, read_json
 
+GENERATION = "generation_config.json"
 SHARD_BYTES = 2_000_000_000
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", TEMPLATE_FILE, "generation_config.json",
+    "vocab.json", "merges.txt", TEMPLATE_FILE, GENERATION,
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md",
 )  # fmt: skip
 
@@ -35,12 +37,13 @@ def save_model(
     weights: Iterable[tuple[str, Tensor]],
     card: Callable[[], str],
     chat_template: str | None = None,
+    end: tuple[str, int] | None = None,
 ) -> None:
     """Write weights by name as a model of the same kind as the one in the folder `source`.
 
     The config says the dtype of the weights, which is one, and that the head has a weight of its own where one comes.
-    `card` makes the text of README.md when all weights are written. A `chat_template` takes the place of the source's.
-    The folder is there whole or not at all.
+    `card` makes the text of README.md when all weights are written. A `chat_template` takes the place of the source's,
+    and so does the token that ends an answer, `end`: its text and its number. The folder is there whole or not at all.
 
     Raises:
         FileExistsError: if there is something at `out` already.
@@ -61,6 +64,8 @@ def save_model(
                 shutil.copyfile(source / name, making / name)
         if chat_template is not None:
             (making / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+        if end is not None:
+            _end_answers_with(making, *end)
         (making / "README.md").write_text(card(), encoding="utf-8")
         mode = (making / "README.md").stat().st_mode  # what the umask gives
         for path in making.iterdir():
@@ -117,7 +122,21 @@ def _config_for(config: dict[str, object], dtypes: set[torch.dtype], names: set[
     [dtype] = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     said = {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
     untied = {"tie_word_embeddings": False} if config.get("tie_word_embeddings") and HEAD in names else {}
-    return config | said | untied
+    floats = {key: value for key, value in config.items() if key != "quantization_config"}  # weights are floats now
+    return floats | said | untied
+
+
+def _end_answers_with(folder: Path, text: str, number: int) -> None:
+    """Let a model stop at this token: what generates knows it by number, chat programs by the tokenizer's eos."""
+    settings, generation = (_json_if_there(folder / name) for name in ("tokenizer_config.json", GENERATION))
+    before = generation.get("eos_token_id", [])
+    numbers = {number, *(before if isinstance(before, list) else [before])}
+    _write_json(folder / "tokenizer_config.json", settings | {"eos_token": text})
+    _write_json(folder / GENERATION, generation | {"eos_token_id": sorted(numbers)})
+
+
+def _json_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
 
 
 def _write_json(path: Path, value: object) -> None:

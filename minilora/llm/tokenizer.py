@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,31 @@ class Tokenizer:
     def with_template(self, source: str) -> "Tokenizer":
         """The same tokenizer with another chat template."""
         other = copy(self)
-        other.__dict__.pop("_template", None)  # what was read of the one before
+        for name in ("_template", "answer_end"):  # what is known of the one before
+            other.__dict__.pop(name, None)
         other.settings = {**self.settings, "chat_template": source}
+        return other
+
+    @cached_property
+    def answer_end(self) -> int | None:
+        """The token that ends an answer: the first such that the chat template writes after one, or eos.
+
+        In a base model these are often two: of ChatML's `<|im_end|>` its eos knows nothing.
+        """
+        trial = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+        prompt, whole = self.encode_chat(trial[:1]), self.encode_chat(trial, add_generation_prompt=False)
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
+        return next((token for token in whole[alike:] if token in self.stop_tokens), self.eos)
+
+    def with_learnt_end(self) -> "Tokenizer":
+        """The same tokenizer, whose eos is `answer_end`: what whoever learnt with this template ends an answer with."""
+        end = self.answer_end if self.settings.get("chat_template") else None
+        text = None if end is None else self._backend.id_to_token(end)
+        if end is None or text is None or end == self.eos:
+            return self
+        other = copy(self)
+        other.eos, other._names = end, self._names | {"eos_token": text}
+        other.settings = {**self.settings, "eos_token": text}
         return other
 
     def encode(self, text: str, *, parse_special: bool = False, add_bos: bool = False) -> list[int]:

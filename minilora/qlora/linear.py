@@ -10,6 +10,7 @@
 Read before this file: torch_lora/layers, blockwise.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +20,13 @@ from torch import Tensor, nn
 
 from minilora.qlora import fast
 from minilora.qlora.blockwise import NestedAbsmax, Quantized, check_complete
-from minilora.qlora.codebooks import NF4, Codebook
+from minilora.qlora.codebooks import FP4, INT4, NF4, Codebook
 from minilora.torch_lora.adapter_layer import AdapterLayer
 from minilora.torch_lora.layers import LoRALinear
+
+DEFAULT_FORM = "nf4, block_size=64, double"
+CODEBOOKS = {codebook.name: codebook for codebook in (NF4, FP4, INT4)}
+FORM = re.compile(rf"({'|'.join(CODEBOOKS)}), block_size=(\d{{1,6}})(, double)?")
 
 
 class NF4Linear(nn.Module):
@@ -111,6 +116,12 @@ class NF4Linear(nn.Module):
         shape = (self.out_features, self.in_features)
         return Quantized(self.packed, absmax, self.codebook, self.block_size, shape)
 
+    @property
+    def stored_as(self) -> str:
+        """How the weight is kept, in words that kept_as understands: "nf4, block_size=64, double"."""
+        double = ", double" if self.absmax_codes is not None else ""
+        return f"{self.codebook.name}, block_size={self.block_size}{double}"
+
     def get_extra_state(self) -> Tensor:
         """What the bytes mean, to lie beside them in a state dict: "nf4, block_size=64, 32 × 64", as bytes itself."""
         text = f"{self.codebook.name}, block_size={self.block_size}, {self.out_features} × {self.in_features}"
@@ -163,6 +174,26 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return fast.linear_backward(dy, ctx.layer.quantized), None
+
+
+def kept_as(form: str) -> Callable[[nn.Module], nn.Module]:
+    """The function that keeps a linear layer in the form that NF4Linear.stored_as names; other layers stay.
+
+    >>> kept_as("fp4, block_size=32")(nn.Linear(64, 64)).stored_as
+    'fp4, block_size=32'
+
+    Raises:
+        ValueError: if these are other words.
+    """
+    found = FORM.fullmatch(form)
+    if found is None:
+        raise ValueError(f"no base can be kept as {form[:60]!r}: known is what looks like {DEFAULT_FORM!r}")
+    codebook, block_size, double = CODEBOOKS[found[1]], int(found[2]), found[3] is not None
+
+    def keep(base: nn.Module) -> nn.Module:
+        return NF4Linear(base, codebook, block_size, double=double) if isinstance(base, nn.Linear) else base
+
+    return keep
 
 
 def QLoRALinear(

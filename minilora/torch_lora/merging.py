@@ -188,21 +188,21 @@ def _fold(layer: AdapterLayer, dtype: torch.dtype | None, store: Store | None) -
         if store is None:
             return linear, report
         kept = store(linear, base)
-        return kept, measure(_own_weight(layer), layer.delta_weight().detach(), dense_weight(kept, torch.float32))
+        return kept, measure(own_weight(layer), layer.delta_weight().detach(), dense_weight(kept, torch.float32))
     base.weight = nn.Parameter(weight, requires_grad=False)
     return base, report
 
 
 def merged_weight(layer: AdapterLayer, dtype: torch.dtype | None) -> tuple[Tensor, LayerMerge]:
     """Give W + ΔW rounded once, in the dtype or in the base's own, and what the rounding took; the layer stays."""
-    W, delta = _own_weight(layer), layer.delta_weight().detach()
+    W, delta = own_weight(layer), layer.delta_weight().detach()
     made = torch.empty_like(W, dtype=dtype or W.dtype)
     for rows, wanted in _sums(W, delta):
         made[rows] = wanted.to(made.dtype)
     return made, measure(W, delta, made)
 
 
-def _own_weight(layer: AdapterLayer) -> Tensor:
+def own_weight(layer: AdapterLayer) -> Tensor:
     """The weight of the base without the update: as it is stored, or in float32 where it is stored in no floats."""
     if layer.unmerged_weight is not None:
         return layer.unmerged_weight.detach().to(layer.base.weight.device)
@@ -228,7 +228,7 @@ def _refuse_unmergeable(layers: dict[str, AdapterLayer], dtype: torch.dtype | No
         raise ValueError(f"cannot merge into {dtype}: choose a floating-point dtype such as torch.bfloat16")
     broken = []
     for name, layer in layers.items():
-        W, delta = _own_weight(layer), layer.delta_weight().detach()
+        W, delta = own_weight(layer), layer.delta_weight().detach()
         if not all(wanted.to(dtype or W.dtype).isfinite().all() for _, wanted in _sums(W, delta)):
             broken.append(f"{name}: weight plus update is not finite as {dtype or W.dtype}")
     if broken:

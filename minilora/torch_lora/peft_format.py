@@ -37,6 +37,7 @@ from minilora.torch_lora.peft_whole import in_model, whole_to_write
 from minilora.torch_lora.replaced import all_finite, replace_tensors, replaced_tensors, warn_of_untying
 
 TENSOR_FILE = "adapter_model.safetensors"
+BASE_FORM = "base_stored_as"  # in its metadata, where the base does not store floats
 
 
 def lora_layer(base: nn.Module, *, r: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False) -> LoRALayer:
@@ -78,7 +79,8 @@ def save_adapter(
     config |= {"use_dora": True} if use_dora else {}  # older versions of PEFT know few keys
     matrices = {k: tensor for name, layer in layers.items() for k, tensor in matrices_by_key(name, layer).items()}
     tensors = {key: tensor.float() for key, tensor in matrices.items()} | whole
-    write_adapter(folder, config, tensors, {"base_sha256": base_sha256} if base_sha256 else {})
+    metadata = {"base_sha256": base_sha256, BASE_FORM: form_of_bases(layers)}
+    write_adapter(folder, config, tensors, {key: text for key, text in metadata.items() if text})
 
 
 def write_adapter(
@@ -134,16 +136,42 @@ def load_adapter(
         refuse_to_train_without_floats(model, list(in_model(model, whole)))
     _warn_of_idle_patterns(config, settings)
     _warn_of_another_base(metadata.get("base_sha256"), base_sha256)
+    trained_over = metadata.get(BASE_FORM, "")
     warn_of_untying(model, in_model(model, whole).keys() - replaced_tensors(model).keys())
     if not adapter_layers(model):
         _inject_by_name(model, config, sorted(pairs), wrap, set(whole) if train_replaced else set())
     layers = lora_like(adapter_layers(model))
+    _warn_of_another_form(trained_over, form_of_bases(layers))
     with torch.no_grad():
         for name, pair in pairs.items():
             for ours, tensor in layers[name].adapter_tensors().items():
                 tensor.copy_(pair[ours])
     replace_tensors(model, in_model(model, whole), trainable=train_replaced)
     return InjectReport(_hits_by_leaf(sorted(pairs)), count_parameters(model))
+
+
+def base_form(folder: str | Path) -> str | None:
+    """How the base was stored under an adapter when it was saved, such as "nf4, block_size=64, double"; None: floats.
+
+    Files of other programs do not say it.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such file, or it is damaged.
+    """
+    _, metadata = read_tensors(Path(folder) / TENSOR_FILE)
+    return metadata.get(BASE_FORM)
+
+
+def form_of_bases(layers: Mapping[str, LoRALayer]) -> str:
+    """How the bases of these layers are stored, in their own words, "" for floats; embeddings always are floats."""
+    bases = [layer.base for layer in layers.values() if not isinstance(layer, LoRAEmbedding)]
+    forms = {stored_as(base) if isinstance(base, StoresNoFloats) else "floats" for base in bases}
+    return "; ".join(sorted(forms)) if forms - {"floats"} else ""
+
+
+def stored_as(base: StoresNoFloats) -> str:
+    """The base's own words for how it is stored, or its kind."""
+    return getattr(base, "stored_as", type(base).__name__)
 
 
 def _shortest_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
@@ -250,6 +278,15 @@ def _warn_of_another_base(theirs: str | None, ours: str | None) -> None:
         warnings.warn(
             f"this adapter was trained on a base with SHA-256 {theirs[:12]}…, this base has {ours[:12]}…: "
             "it fits in shape, but what it learned is the difference to another model",
+            stacklevel=3,
+        )
+
+
+def _warn_of_another_form(theirs: str, ours: str) -> None:
+    if theirs and theirs != ours:
+        warnings.warn(
+            f"this adapter was trained over a base stored as {theirs}, here it is over {ours or 'floats'}: it answers "
+            "worse there than it was trained to; wrap=QLoRALinear puts a linear layer into 4 bits",
             stacklevel=3,
         )
 

@@ -3,7 +3,7 @@
 Answers come token by token. Ctrl-C ends an answer, and between answers the conversation; so does the end of the input.
 Where the input is no terminal, each of its lines is a question: `echo "Why?" | minilora chat`.
 
-Read before: llm/generation, torch_lora/peft_format.
+Read before: llm/generation, train/adapted.
 """
 
 import argparse
@@ -13,25 +13,9 @@ from collections.abc import Iterator
 import torch
 
 from minilora.llm.generation import stream
-from minilora.llm.load import load_model
-from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Message, Tokenizer
-from minilora.methods import layer_for
-from minilora.torch_lora import load_adapter
-from minilora.train.templates import with_trained_template
-
-
-def load_adapted(base: str, adapter: str | None, dtype: torch.dtype) -> tuple[Decoder, Tokenizer]:
-    """Load a base and put an adapter on it; with the chat template that the adapter was trained with, if it says one.
-
-    Raises:
-        ValueError: as load_model and load_adapter.
-    """
-    model, tokenizer = load_model(base, dtype=dtype)
-    if adapter is None:
-        return model, tokenizer
-    load_adapter(model, adapter, layer_for(adapter), base_sha256=model.origin.sha256)
-    return model.eval(), with_trained_template(tokenizer, adapter)
+from minilora.train.adapted import load_adapted
+from minilora.train.templates import for_template
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,11 +24,14 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: if a model cannot be loaded, or a conversation is longer than the model was made for.
     """
-    model, tokenizer = load_adapted(args.base, args.adapter, torch.bfloat16)
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}: choose 1 or more")
+    model, tokenizer = load_adapted(args.base, args.adapter, torch.bfloat16, args.method, args.template)
     messages: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
     generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
     for question in [args.question] if args.question else questions():
-        messages.append({"role": "user", "content": question})
+        given = {"input": args.input} if args.input else {}
+        messages += for_template([{"role": "user", "content": question} | given], tokenizer)
         most = model.config.max_seq_len - args.max_new_tokens
         messages, prompt = shortened(messages, tokenizer, most)
         tokens = stream(

@@ -12,7 +12,6 @@ Read before: train/jsonl.
 """
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +19,11 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
-from minilora.llm.config import ModelConfig
 from minilora.llm.load import model_folder
-from minilora.llm.tokenizer import Tokenizer, load_tokenizer, read_json
+from minilora.llm.tokenizer import Tokenizer, load_tokenizer
+from minilora.train.adapted import longest_text
 from minilora.train.data import IGNORED, Sample
-from minilora.train.jsonl import Problem, lines_of, messages_of, read_lines
+from minilora.train.jsonl import Problem, lines_of, messages_of, parsed, read_lines
 
 LONG_QUESTION = 20  # characters
 MOST_TOLD = 10  # lines of one kind
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace, *, color: bool) -> int:
     """Print the report on a file, or the view of its lines; exit code 1 where there are problems."""
     folder = model_folder(args.base, weights=False)
     tokenizer = load_tokenizer(folder)
-    most = ModelConfig.from_hf(read_json(folder / "config.json")).max_seq_len
+    most = longest_text(folder)
     max_tokens = most if args.max_tokens is None else min(args.max_tokens, most)
     against = None if args.against is None else Path(args.against)
     report = check_data(Path(args.data), tokenizer, args.template, max_tokens, against)
@@ -183,7 +182,7 @@ def _questions(path: Path, samples: Iterable[Sample]) -> list[Asked]:
     found = []
     for number, line in enumerate(lines_of(path), start=1):
         if number in readable:
-            turns = [m for m in messages_of(json.loads(line)) if m["role"] == "user"]
+            turns = [m for m in messages_of(parsed(line)) if m["role"] == "user"]
             questions = [" ".join(f"{m['content']} {m.get('input', '')}".casefold().split()) for m in turns]
             counted = questions[:1] + [question for question in questions[1:] if len(question) >= LONG_QUESTION]
             found += [Asked(question, number) for question in counted]

@@ -24,19 +24,19 @@ from torch import nn
 
 from minilora.files import write_whole
 from minilora.llm.architectures import ALL_LINEAR, read_config
-from minilora.llm.config import ModelConfig
-from minilora.llm.load import load_model, model_folder
+from minilora.llm.load import model_folder
 from minilora.llm.model import Decoder
 from minilora.llm.sizes import Setup
 from minilora.llm.tokenizer import Tokenizer, load_tokenizer, read_json
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, save_adapter
+from minilora.train.adapted import is_in_4_bits, load_base, longest_text
 from minilora.train.checkpoint import Saving
 from minilora.train.data import Sample, make_batches
 from minilora.train.evaluate import GENERAL_TOKENS, english_tokens
 from minilora.train.finetune import Together, fine_tune
 from minilora.train.fits import GIB, bytes_needed, check_fits
-from minilora.train.jsonl import read_samples
+from minilora.train.jsonl import read_samples, refuse_longer
 from minilora.train.judging import Judges, Rules
 from minilora.train.templates import MODEL, TEMPLATE_FILE, with_template
 from minilora.train.trainer import CTRL_C
@@ -88,7 +88,7 @@ def train_here(
     plan = planned(args, free_bytes, world)
     if rank == 0:
         write_whole({out / RUN: json.dumps(findable(args), indent=2).encode()})  # if this cannot be, better now
-    model, tokenizer = load_model(args.base, dtype=DTYPES[args.dtype])
+    model, tokenizer = load_base(args.base, DTYPES[args.dtype])
     torch.manual_seed(args.seed + rank)  # of dropout
     start, wrap = torch.Generator().manual_seed(args.seed), METHODS[args.method]
     settings = {"r": args.r, "alpha": 2 * args.r if args.alpha is None else args.alpha, "dropout": args.dropout}
@@ -261,6 +261,8 @@ def planned(args: argparse.Namespace, free_bytes: int, world: int = 1) -> Plan:
     rules = Rules(args.eval_every, args.patience, args.max_forgetting)
     if args.base.endswith(".gguf"):
         raise ValueError(f"{args.base} is a GGUF file, made for answering: train on the folder that it was made from")
+    if args.method != "qlora" and is_in_4_bits(args.base):
+        raise ValueError(f"{args.base} holds its weights in 4 bits: --method qlora trains over them")
     folder = model_folder(args.base, weights=False)
     arch, tokenizer = read_config(folder / "config.json"), load_tokenizer(folder)
     samples = read_samples(Path(args.data), tokenizer, args.template)
@@ -268,19 +270,14 @@ def planned(args: argparse.Namespace, free_bytes: int, world: int = 1) -> Plan:
         samples = without_longer(samples, args.max_tokens)
     held_out = [] if args.eval_data is None else read_samples(Path(args.eval_data), tokenizer, args.template)
     longest = max(samples, key=lambda sample: len(sample.tokens))
-    most = ModelConfig.from_hf(read_json(folder / "config.json")).max_seq_len
+    most = longest_text(folder)
     if args.pack is not None and not len(longest.tokens) <= args.pack <= most:
         raise ValueError(
             f"--pack is {args.pack}: a row holds the longest sample, {longest.name} of {len(longest.tokens):,} tokens, "
             f"and the model was made for {most:,}"
         )
-    for path, group in ((args.data, samples), (args.eval_data, held_out)):
-        too_long = next((sample for sample in group if len(sample.tokens) > most), None)
-        if too_long:
-            raise ValueError(
-                f"{too_long.name} of {path} has {len(too_long.tokens):,} tokens, and the model was made for {most:,}: "
-                f"shorten it, or drop it{' with --max-tokens' * (path == args.data)}"
-            )
+    refuse_longer(samples, most, args.data, " with --max-tokens")
+    refuse_longer(held_out, most, args.eval_data or "")
     rows = -(-min(args.batch, len(samples)) // world)
     setup = Setup(
         method=args.method,

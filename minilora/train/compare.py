@@ -4,7 +4,7 @@
     exact           share of questions whose greedy answer is the reference to the letter
     plain English   perplexity on text that has nothing to do with the task: what was forgotten
 
-Read before: train/evaluate, train/jsonl.
+Read before: train/evaluate, train/jsonl, train/adapted.
 """
 
 import argparse
@@ -17,15 +17,12 @@ from pathlib import Path
 import torch
 
 from minilora.files import write_whole
-from minilora.llm.load import load_model
 from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer
-from minilora.methods import layer_for
-from minilora.torch_lora import load_adapter
+from minilora.train.adapted import load_base, put_adapter, template_of
 from minilora.train.data import IGNORED, Sample, make_batches
 from minilora.train.evaluate import GENERAL_TOKENS, english_tokens, exact_match, generate_answers, mean_loss, perplexity
-from minilora.train.jsonl import read_samples
-from minilora.train.templates import with_trained_template
+from minilora.train.jsonl import read_samples, refuse_longer
 
 BATCH = 8
 MORE_TOKENS = 8  # than the longest reference has
@@ -66,13 +63,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: if the data, the base or the adapter cannot be read.
     """
-    model, tokenizer = load_model(args.base, dtype=torch.bfloat16)
-    if args.adapter is not None:
-        tokenizer = with_trained_template(tokenizer, Path(args.adapter))
-    samples = read_samples(Path(args.data), tokenizer, args.template)
+    model, tokenizer = load_base(args.base, torch.bfloat16)
+    tokenizer = template_of(tokenizer, args.adapter, args.template)
+    samples = read_samples(Path(args.data), tokenizer)
+    refuse_longer(samples, model.config.max_seq_len, args.data)
     grades = {"base": grade(model, tokenizer, samples)}
     if args.adapter is not None:
-        load_adapter(model, args.adapter, layer_for(args.adapter), base_sha256=model.origin.sha256)
+        put_adapter(model, args.adapter, args.method)
         grades["adapter"] = grade(model.eval(), tokenizer, samples)
     print(table(grades, len(samples)))
     if args.json is not None:

@@ -4,7 +4,7 @@
     export(base, adapter, "lora.gguf", "adapter")     A and B, for `llama-cli --lora` over a GGUF of the base
     export(base, None, "base.gguf", "F16")            the base as it is
 
-Read before this file: torch_lora/peft_format, llm/write_gguf.
+Read before this file: train/adapted, llm/write_gguf.
 """
 
 import argparse
@@ -17,26 +17,30 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from minilora.llm.gguf_vocabulary import vocabulary_of
-from minilora.llm.load import load_model
 from minilora.llm.model import Decoder
+from minilora.llm.read_gguf import GGUFModel
+from minilora.llm.save import refuse_taken
 from minilora.llm.write_gguf import KINDS, Pair, Written, write_adapter, write_model
-from minilora.methods import layer_for
-from minilora.torch_lora import load_adapter
 from minilora.torch_lora.adapter_layer import AdapterLayer, dense_weight
+from minilora.torch_lora.arithmetic import Distance, overall
 from minilora.torch_lora.inject import adapter_layers, lora_layers
+from minilora.torch_lora.merging import ERASED, measure, own_weight
 from minilora.torch_lora.replaced import replaced_tensors
-from minilora.train.templates import with_trained_template
+from minilora.train.adapted import load_adapted, stored_dtype
+from minilora.train.templates import MODEL
 
 ADAPTER = "adapter"  # the kind that is no model
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export as the options of cli say: `base`, `adapter`, `out` and `kind`.
+    """Export as the options of cli say: `base`, `adapter`, `out`, `kind`, `method` and `template`.
 
     Raises:
+        FileExistsError: if there is something at `out` already.
         ValueError: as export.
     """
-    written = export(args.base, args.adapter, args.out, args.kind)
+    refuse_taken(Path(args.out))
+    written = export(args.base, args.adapter, args.out, args.kind, args.method, args.template)
     if written is not None:
         print(written)
     print(f"{args.kind}  {args.out}")
@@ -48,11 +52,14 @@ def export(
     adapter: str | Path | None,
     out: str | Path,
     kind: str = "F16",
-    dtype: torch.dtype = torch.float32,
+    method: str | None = None,
+    template: str = MODEL,
 ) -> Written | None:
     """Write a model, with an adapter (a folder in PEFT's layout) merged into it, or the adapter alone, as GGUF.
 
-    The base is loaded in `dtype`; each weight is summed with its update in float32 and rounded once, to `kind`.
+    Each weight is summed with its update in float32 and rounded once, to `kind`; what that took of the adapter is in
+    the report's notes. The model ends its answers as the adapter has learnt to. `method` and `template` are those of
+    load_adapted.
 
     Raises:
         ValueError: if the kind does not exist or cannot be had, the base or the adapter cannot be loaded, or one of
@@ -65,10 +72,8 @@ def export(
         raise ValueError("no adapter was given, and an adapter alone was asked for: name its folder")
     if out.suffix != ".gguf":
         raise ValueError(f"{out} does not end in .gguf, by which llama.cpp and load_model know the format")
-    model, tokenizer = load_model(base, dtype=dtype)
-    if adapter is not None:
-        load_adapter(model, adapter, layer_for(adapter), base_sha256=model.origin.sha256)
-        tokenizer = with_trained_template(tokenizer, adapter)
+    model, tokenizer = load_adapted(base, adapter, stored_dtype(base), method, template)
+    tokenizer = tokenizer if adapter is None else tokenizer.with_learnt_end()
     if kind == ADAPTER:
         if replaced := replaced_tensors(model):
             raise ValueError(
@@ -79,7 +84,8 @@ def export(
         return None
     config = model.config if _is_tied(model) else replace(model.config, tie_word_embeddings=False)
     vocabulary = vocabulary_of(tokenizer, config.vocab_size)
-    return write_model(out, lambda name: merged_weight(model, name), config, vocabulary, kind, about(model))
+    written = write_model(out, lambda name: merged_weight(model, name), config, vocabulary, kind, about(model))
+    return replace(written, notes=(*written.notes, *rounding(model, out, kind)))
 
 
 def adapter_pairs(model: Decoder) -> dict[str, Pair]:
@@ -103,6 +109,26 @@ def merged_weight(model: Decoder, name: str) -> Float[ndarray, "..."]:
     plain: Any = module.fused(torch.float32) if isinstance(module, AdapterLayer) else module
     w = plain.bias.float() if leaf == "bias" else dense_weight(plain, torch.float32)
     return w.detach().cpu().numpy()
+
+
+@torch.no_grad()
+def rounding(model: Decoder, path: Path, kind: str) -> list[str]:
+    """Say what rounding took of an adapter, if there is one, as read back from the file.
+
+    error = ‖W′ − (W + ΔW)‖ / ‖ΔW‖          as torch_lora/merging has it
+    """
+    file, off = GGUFModel(path), dict[str, Distance]()
+    for name, layer in adapter_layers(model).items():
+        W, delta = own_weight(layer).float(), layer.delta_weight().detach()
+        off[name] = measure(W, delta, torch.from_numpy(file.read(f"{name}.weight"))).off
+    if not off:
+        return []
+    worst = max(off, key=lambda name: off[name].relative)
+    way_out = "; with --kind adapter, beside a GGUF of the base, nothing is lost"
+    return [
+        f"rounding to {kind} took {overall(list(off.values())).relative:.2f} of the adapter's effect, "
+        f"{off[worst].relative:.2f} in {worst}{way_out if off[worst].relative >= ERASED else ''}"
+    ]
 
 
 def about(model: Decoder) -> dict[str, str]:

@@ -13,8 +13,10 @@ Read before: train/data, train/templates.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,27 @@ from minilora.train.templates import MODEL, for_template, with_template
 MOST_PROBLEMS = 5  # that are told
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ROLES = ("system", "user", "assistant")
-UNREAD = ("history", "tools", "functions", "tool_calls", "function_call")  # others, such as an id, change nothing
+NOTES = (
+    "id",
+    "_id",
+    "idx",
+    "index",
+    "uuid",
+    "source",
+    "dataset",
+    "category",
+    "topic",
+    "type",
+    "task",
+    "split",
+    "language",
+    "lang",
+    "tags",
+    "url",
+    "license",
+    "metadata",
+)  # of a row: they say where it is from; what else is not read might change what is to be learnt
+NEUTRAL = {"weight": 1, "train": True}  # what these mean where they are not there
 FORMS = "messages, or a prompt and a completion, or an instruction and an output, all of them texts"
 
 
@@ -71,7 +93,7 @@ def read_lines(path: Path, tokenizer: Tokenizer, template: str = MODEL) -> tuple
     for number, line in enumerate(lines_of(path), start=1):
         if line.strip():
             try:
-                messages = for_template(messages_of(json.loads(line)), tokenizer)
+                messages = for_template(messages_of(parsed(line)), tokenizer)
                 samples.append(replace(conversation(messages, tokenizer), name=f"line {number}"))
             except UnicodeDecodeError:  # a ValueError too
                 problems.append(Problem(number, "it is not UTF-8: save the file as UTF-8"))
@@ -81,8 +103,28 @@ def read_lines(path: Path, tokenizer: Tokenizer, template: str = MODEL) -> tuple
 
 
 def lines_of(path: Path) -> list[bytes]:
-    """The lines of a file, the empty ones too."""
-    return path.read_bytes().removeprefix(BYTE_ORDER_MARK).splitlines()
+    """The lines of a file, the empty ones too.
+
+    Raises:
+        ValueError: if it is one JSON array, over many lines or in one.
+    """
+    text = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
+    if re.match(rb"\s*\[\s*\{", text):
+        raise ValueError(f"{path} is one JSON array: write each of its objects on a line of its own (jq -c '.[]')")
+    return text.splitlines()
+
+
+def parsed(line: bytes) -> Any:
+    """What the JSON of a line says.
+
+    Raises:
+        ValueError: if it is no JSON.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        where = f"at character {error.pos + 1} of {len(error.doc):,}: {error.doc[error.pos :][:20]!r}"
+        raise ValueError(f"it is not JSON, {where if error.pos < len(error.doc) else 'it is cut short'}") from None
 
 
 def conversation(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, name: str = "it") -> Sample:
@@ -92,7 +134,8 @@ def conversation(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, na
         ValueError: if an answer is empty, or the template writes the beginning of a conversation otherwise once it
             goes on, so that no single sequence holds all answers.
     """
-    assert tokenizer.eos is not None
+    end = tokenizer.answer_end
+    assert end is not None
     tokens, labels = list[int](), list[int]()
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -107,21 +150,10 @@ def conversation(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, na
                 f"message {place + 1}: the chat template writes what came before this answer in another way than "
                 "alone; make each answer the last of a line of its own"
             )
-        learnt = [*answer, end_of(messages[: place + 1], prompt, tokenizer)]
+        learnt = [*answer, end]
         labels += [IGNORED] * (len(prompt) - len(tokens)) + learnt
         tokens = prompt + learnt
     return Sample(tokens, labels, name)
-
-
-def end_of(messages: Sequence[Mapping[str, str]], prompt: list[int], tokenizer: Tokenizer) -> int:
-    """The token that ends the last answer: what the template writes after it, or eos where it writes no such token.
-
-    In a base model these are often two: of ChatML's `<|im_end|>` its eos knows nothing.
-    """
-    written = tokenizer.encode_chat(messages, add_generation_prompt=False)
-    after = written[len(prompt) :] if written[: len(prompt)] == prompt else []
-    assert tokenizer.eos is not None
-    return next((token for token in reversed(after) if token in tokenizer.stop_tokens), tokenizer.eos)
 
 
 def messages_of(row: Any) -> list[dict[str, str]]:
@@ -132,19 +164,21 @@ def messages_of(row: Any) -> list[dict[str, str]]:
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"it is a {type(row).__name__}, not an object")
-    refuse_unread(row, "it")
     if "messages" in row:
+        refuse_others(row, ("messages",), "it")
         return checked(row["messages"])
-    told = {key: texts(row, key)[0] for key in ("system", "input") if row.get(key) is not None}
-    system = [{"role": "system", "content": told["system"]}] if told.get("system") else []
     if "prompt" in row or "completion" in row:
-        prompt, completion = texts(row, "prompt", "completion")
-        return [*system, {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    if "instruction" in row or "output" in row:
-        instruction, output = texts(row, "instruction", "output")
-        question = {"role": "user", "content": instruction} | ({"input": told["input"]} if told.get("input") else {})
-        return [*system, question, {"role": "assistant", "content": output}]
-    raise ValueError(f"it needs {FORMS}; its keys are {', '.join(map(str, row)) or 'none'}")
+        refuse_others(row, ("system", "prompt", "completion"), "it")
+        question, answer = texts(row, "prompt", "completion")
+    elif "instruction" in row or "output" in row:
+        refuse_others(row, ("system", "instruction", "input", "output"), "it")
+        question, answer = texts(row, "instruction", "output")
+    else:
+        raise ValueError(f"it needs {FORMS}; its keys are {', '.join(map(str, row)) or 'none'}")
+    told = {key: texts(row, key)[0] for key in ("system", "input") if row.get(key) not in (None, "")}
+    asked = {"role": "user", "content": question} | ({"input": told["input"]} if "input" in told else {})
+    system = [{"role": "system", "content": told["system"]}] if "system" in told else []
+    return [*system, asked, {"role": "assistant", "content": answer}]
 
 
 def checked(messages: Any) -> list[dict[str, str]]:
@@ -157,7 +191,7 @@ def checked(messages: Any) -> list[dict[str, str]]:
         raise ValueError(f"its messages are a {type(messages).__name__}, not a list")
     for place, message in enumerate(messages, start=1):
         if isinstance(message, Mapping):
-            refuse_unread(message, f"message {place}")
+            refuse_others(message, ("role", "content", "input"), f"message {place}")
         if not is_message(message):
             raise ValueError(
                 f"message {place} is {str(message)[:60]}: give it a role ({', '.join(ROLES)}) and a text as content"
@@ -196,13 +230,27 @@ def is_text(value: Any) -> bool:
         return False
 
 
-def refuse_unread(row: Mapping[str, Any], what: str) -> None:
+def refuse_others(row: Mapping[str, Any], read: Sequence[str], what: str) -> None:
     """
     Raises:
-        ValueError: if a key would change what is to be learnt, and is not read here.
+        ValueError: if a key that is not read might change what is to be learnt: any that says something, but for notes.
     """
-    unread = [key for key in UNREAD if row.get(key)] + [key for key in ("weight",) if row.get(key, 1) != 1]
-    if unread:
+    others = [key for key, value in row.items() if key not in read and key not in NOTES and value != NEUTRAL.get(key)]
+    others = [key for key in others if row[key] not in (None, "", [], {})]
+    if others:
+        near = get_close_matches(str(others[0]), [key for key in read if key not in row], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"write it into {' or '.join(read)}, or drop it"
+        raise ValueError(f"{what} has {' and '.join(map(str, others))}, which is not read here: {hint}")
+
+
+def refuse_longer(samples: Sequence[Sample], most: int, path: Path | str, hint: str = "") -> None:
+    """
+    Raises:
+        ValueError: if a sample has more tokens than a model was made for: the first of them is told.
+    """
+    too_long = next((sample for sample in samples if len(sample.tokens) > most), None)
+    if too_long:
         raise ValueError(
-            f"{what} has {' and '.join(unread)}, which is not read here: write it into messages, or drop it"
+            f"{too_long.name} of {path} has {len(too_long.tokens):,} tokens, and the model was made for {most:,}: "
+            f"shorten it, or drop it{hint}"
         )

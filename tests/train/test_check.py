@@ -55,7 +55,7 @@ def test_every_kind_of_problem_is_told_with_its_lines(tmp_path, capsys):
     ]  # fmt: skip
     for problem, told in zip(
         problems,
-        ["Expecting property name", "the same as an earlier line", "an empty answer", "more than 60 tokens",
+        ["it is not JSON, at character 2 of 9", "the same as an earlier line", "an empty answer", "more than 60 tokens",
          f"its question is asked in {test} too", "its answer has the letters <|im_end|>"],
         strict=True,
     ):  # fmt: skip

@@ -11,9 +11,9 @@ from minilora.llm import load_model
 from minilora.llm.load import model_folder
 from minilora.llm.tokenizer import load_tokenizer
 from minilora.qlora import NF4Linear
-from minilora.torch_lora import load_adapter
 from minilora.torch_lora.inject import adapter_layers
 from minilora.train import command
+from minilora.train.adapted import put_adapter
 from minilora.train.jsonl import read_samples
 from minilora.train.trainer import Training
 
@@ -33,8 +33,9 @@ def test_it_leaves_an_adapter_that_opens(method, data, tmp_path, capsys):
 
     assert "5 samples of up to " in capsys.readouterr().out
     model, _ = load_model("smollm2-135m", dtype=torch.bfloat16)
-    load_adapter(model, out)
+    put_adapter(model, out)
     layers = adapter_layers(model)
+    assert {type(layer.base) is NF4Linear for layer in layers.values()} == {method == "qlora"}
     assert len(layers) == 210
     assert all(layer.r == 2 and layer.alpha == 4 and layer.B.any() for layer in layers.values())
 
@@ -108,7 +109,7 @@ def test_a_folder_with_other_things_in_it_is_not_trained_into(data, tmp_path, ca
 
 
 def test_samples_to_measure_on_are_checked_before_anything_is_loaded(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load_model", None)
+    monkeypatch.setattr(command, "load_base", None)
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text(json.dumps({"prompt": "a b " * 5000, "completion": "c"}))
     words = ["train", "--data", str(data), "--out", str(tmp_path / "out"), "--eval-data", str(held_out)]
@@ -134,7 +135,7 @@ def test_what_was_learnt_before_training_broke_off_is_saved(data, tmp_path, monk
 
 
 def test_a_place_that_cannot_be_written_is_found_before_loading(data, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load_model", None)
+    monkeypatch.setattr(command, "load_base", None)
 
     assert cli.main(["train", "--data", str(data), "--out", str(data / "adapter")]) == 2
     assert "data.jsonl" in capsys.readouterr().err
@@ -153,7 +154,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(data, tmp_pa
     def load(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(command, "load_model", load)
+    monkeypatch.setattr(command, "load_base", load)
     monkeypatch.setattr("minilora.doctor.memory_bytes", lambda: (2**35, 400 * 2**20))
     words = ["train", "--data", str(data), "--out", str(tmp_path / "adapter")]
 

@@ -16,7 +16,8 @@ from minilora.torch_lora import inject, lora_layer, save_adapter
 from minilora.torch_lora.arithmetic import Distance
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.merging import LayerMerge, MergeReport
-from minilora.train.merge import card, merge_to_folder, run, stored_dtype
+from minilora.train.adapted import stored_dtype
+from minilora.train.merge import card, merge_to_folder, run
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -49,8 +50,12 @@ def adapter_for(base: Path, folder: Path, targets: list[str], wrap=lora_layer, s
     return model
 
 
-def options(base: Path, adapter: Path, out: Path, dtype: str = "bf16", method: str = "lora") -> argparse.Namespace:
-    return argparse.Namespace(base=str(base), adapter=str(adapter), out=str(out), dtype=dtype, method=method)
+def options(
+    base: Path, adapter: Path, out: Path, dtype: str = "bf16", method: str | None = None, template: str = "model"
+) -> argparse.Namespace:
+    return argparse.Namespace(
+        base=str(base), adapter=str(adapter), out=str(out), dtype=dtype, method=method, template=template
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,11 +90,12 @@ def test_the_weights_are_in_the_dtype_asked_for_and_rounded_once(base, tmp_path,
 
 def test_an_adapter_of_qlora_is_merged_into_what_it_was_trained_over(base, tmp_path):
     adapted = adapter_for(base, tmp_path / "adapter", ["q_proj"], QLoRALinear)
-    run(options(base, tmp_path / "adapter", tmp_path / "out", "fp32", "qlora"))
+    run(options(base, tmp_path / "adapter", tmp_path / "out", "fp32"))
     merged, _ = load_model(tmp_path / "out")
 
     torch.testing.assert_close(merged(TOKENS), adapted(TOKENS), rtol=0, atol=1e-5)
-    run(options(base, tmp_path / "adapter", tmp_path / "other", "fp32", "lora"))
+    with pytest.warns(UserWarning, match="trained over a base stored as nf4, block_size=64, double, here it is over f"):
+        run(options(base, tmp_path / "adapter", tmp_path / "other", "fp32", "lora"))
     assert (load_model(tmp_path / "other")[0](TOKENS) - adapted(TOKENS)).abs().max() > 1e-3
 
 
@@ -126,6 +132,7 @@ def test_refusals_leave_nothing_behind(base, tmp_path):
 
 
 def test_the_stored_dtype_is_the_one_that_holds_all_numbers(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     for dtypes, widest in [
         ((torch.bfloat16, torch.bfloat16), torch.bfloat16),
         ((torch.float16, torch.bfloat16), torch.float32),
