@@ -64,14 +64,14 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from minilora.torch_lora import LoRALinear, inject
-    from minilora.train.finetune import fine_tune
+    from minilora.train.finetune import Recipe, fine_tune
 
     model, tokenizer, data, samples = the_task(options)
     generator = torch.Generator().manual_seed(options.seed)
     inject(model, "all-linear", lambda base: LoRALinear(base, r=options.r, alpha=2 * options.r, generator=generator))
-    settings = {"lr": options.lr, "batch_size": options.batch, "seed": options.seed, "state_bits": options.state_bits}
+    recipe = Recipe(lr=options.lr, batch_size=options.batch, seed=options.seed, state_bits=options.state_bits)
     start = time.perf_counter()
-    fine_tune(model, samples, pad=tokenizer.pad, **settings)
+    fine_tune(model, samples, recipe, pad=tokenizer.pad)
     seconds = time.perf_counter() - start
     return {"train_s": seconds, "exact": exact(model, tokenizer, data.test)}
 

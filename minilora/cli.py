@@ -135,7 +135,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSONL of samples to measure on, what was gained and forgotten; the best adapter is kept in best/",
     )
-    add("--eval-every", type=int, default=50, metavar="N", help="steps from measurement to measurement (default 50)")
+    add("--eval-every", type=int, metavar="N", help="steps from measurement to measurement (default 50)")
     add("--patience", type=int, metavar="N", help="stop after N measurements without a lower loss")
     add("--max-forgetting", type=float, metavar="NATS", help="stop when the loss on plain English rose by so much")
 
@@ -145,7 +145,11 @@ def _train(args: argparse.Namespace) -> int:
     from minilora.train.command import run
 
     _, free = memory_bytes()
-    code = run(args, free)
+    try:
+        code = run(args, free)
+    except FloatingPointError:  # the picture shows where it went wrong
+        _draw(args.out)
+        raise
     _draw(args.out)
     return code
 
@@ -234,7 +238,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="FILE", help="the .gguf file to write")
     _add_adapter(parser, without="; without it the base alone is written")
     add(
-        "--kind", choices=kinds, default="F16", help="of the merged weights; or the adapter alone (default %(default)s)"
+        "--kind",
+        choices=kinds,
+        type=lambda text: next((kind for kind in kinds if kind.lower() == text.lower()), text),
+        default="F16",
+        help="of the merged weights; or the adapter alone (default %(default)s)",
     )
 
 
@@ -330,11 +338,28 @@ COMMANDS = {
 }
 
 
+OTHERS_NAMES = {  # what other programs call these options
+    "--learning-rate": "--lr", "--rank": "--r", "--lora-r": "--r", "--lora-alpha": "--alpha", "--model": "--base",
+    "--batch-size": "--batch", "--num-epochs": "--epochs", "--num-train-epochs": "--epochs", "--output": "--out",
+    "--output-dir": "--out", "--gradient-accumulation-steps": "--accumulate", "--lora-dropout": "--dropout",
+    "--max-length": "--max-tokens", "--target-modules": "--targets", "--gradient-checkpointing": "--checkpointing",
+}  # fmt: skip
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are errors like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; `{self.prog} --help` tells the options")
+        raise ValueError(f"{message}{self._meant(message)}; `{self.prog} --help` tells the options")
+
+    def _meant(self, message: str) -> str:
+        """What an option that is not there was meant for, if one has a like name."""
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        if unknown == message.split()[0].partition("=")[0] or not unknown.startswith("--"):
+            return ""
+        names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        near = [OTHERS_NAMES[unknown]] if unknown in OTHERS_NAMES else get_close_matches(unknown, names, n=1)
+        return f": did you mean {near[0]}?" if near and near[0] in names else ""
 
 
 def help_text() -> str:

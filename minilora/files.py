@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+UNFINISHED = re.compile(r"\..+-[0-9a-f]{8}")
 
 
 def write_whole(contents: Mapping[Path, bytes]) -> None:
@@ -52,10 +55,16 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())  # on the disk, before the name says so
 
 
-def remove_unfinished(path: Path) -> None:
-    """Remove what processes that were killed left of this file under temporary names."""
-    for temporary in path.parent.glob(f".{path.name}-????????"):
-        temporary.unlink(missing_ok=True)
+def is_unfinished(path: Path) -> bool:
+    """Whether this is the temporary name of a file that write_whole or whole_file had not finished."""
+    return UNFINISHED.fullmatch(path.name) is not None
+
+
+def remove_unfinished_in(folder: Path) -> None:
+    """Remove what processes that were killed left in a folder under temporary names."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_unfinished(path):
+            path.unlink(missing_ok=True)
 
 
 def with_sorted_metadata(safetensors: bytes) -> bytes:

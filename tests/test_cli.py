@@ -103,7 +103,10 @@ def test_the_version_is_the_package_s(capsys):
             ["xyzzy"],
             "no command is named 'xyzzy'; the commands are demo, check, train, resume, eval, chat, merge, export,",
         ),
-        (["size", "gpt2", "--rank", "3"], "unrecognized arguments: --rank 3; `minilora size --help` tells the options"),
+        (
+            ["size", "gpt2", "--rank", "3"],
+            "unrecognized arguments: --rank 3: did you mean --r?; `minilora size --help` tells the options",
+        ),
         (
             ["size", "gpt2", "-r", "many"],
             "argument -r/--r: invalid int value: 'many'; `minilora size --help` tells the options",

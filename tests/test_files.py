@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load, save, save_file
 
-from minilora.files import remove_unfinished, whole_file, with_sorted_metadata, write_whole
+from minilora.files import is_unfinished, remove_unfinished_in, whole_file, with_sorted_metadata, write_whole
 
 
 def test_files_are_written_with_their_folders(tmp_path):
@@ -71,12 +71,21 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path):
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
-    kept = ["a", "b", ".b-12345678", ".ab-12345678", ".a-123456789"]
-    for name in [*kept, ".a-12345678", ".a-abcd_efg"]:
+    kept = ["a", "b", ".gitignore", ".a-123456789", "a-12345678", ".-12345678", ".a-abcd_efg", ".a-1234567"]
+    for name in [*kept, ".a-12345678", ".ab.c-0123abcd"]:
         (tmp_path / name).touch()
-    remove_unfinished(tmp_path / "a")
+    remove_unfinished_in(tmp_path)
+    remove_unfinished_in(tmp_path / "nowhere")
 
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_the_names_that_are_written_under_are_those_that_are_removed(tmp_path):
+    with whole_file(tmp_path / "a.b-c") as temporary:
+        assert is_unfinished(temporary) and not is_unfinished(tmp_path / "a.b-c")
+        remove_unfinished_in(tmp_path)
+        assert not temporary.exists()
+        temporary.touch()
 
 
 def test_the_same_tensors_and_metadata_give_the_same_bytes():

@@ -35,7 +35,7 @@ from minilora.torch_lora.layers import LoRALayer
 from minilora.train.data import Sample, mask_prompt
 from minilora.train.evaluate import english_tokens, exact_match, generate_answers, perplexity, valid_json
 from minilora.train.extraction import Example, make_extraction
-from minilora.train.finetune import fine_tune
+from minilora.train.finetune import Recipe, fine_tune
 
 METHODS: Mapping[str, Callable[..., nn.Module]] = {"qlora": QLoRALinear, "lora": LoRALinear}
 BASE = "smollm2-135m"
@@ -113,10 +113,8 @@ def run_demo(
     training = fine_tune(
         model,
         [encode(tokenizer, example) for example in data.train],
+        Recipe(lr=settings.lr, batch_size=BATCH_SIZE, seed=settings.seed),
         pad=tokenizer.pad,
-        lr=settings.lr,
-        batch_size=BATCH_SIZE,
-        seed=settings.seed,
     )
     say(f"  {training}")
     peak_gib = peak_memory_bytes() / GIB

@@ -40,10 +40,19 @@ TENSOR_FILE = "adapter_model.safetensors"
 BASE_FORM = "base_stored_as"  # in its metadata, where the base does not store floats
 
 
-def lora_layer(base: nn.Module, *, r: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False) -> LoRALayer:
+def lora_layer(
+    base: nn.Module,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    generator: torch.Generator | None = None,
+) -> LoRALayer:
     """Wrap a base layer in the LoRA layer of its kind."""
     kind = kind_of(base) or LoRALinear  # which refuses what it cannot wrap, and says so
-    return kind(base, r=r, alpha=alpha, dropout=0.0 if kind is LoRAEmbedding else dropout, use_rslora=use_rslora)
+    its_dropout = 0.0 if kind is LoRAEmbedding else dropout
+    return kind(base, r=r, alpha=alpha, dropout=its_dropout, use_rslora=use_rslora, generator=generator)
 
 
 def save_adapter(

@@ -3,7 +3,8 @@
     cannot be learnt       lines of another form, with an empty answer, without a label
     too long               for the model, or for --max-tokens
     written-out controls   "<|im_end|>" in an answer is learnt as the letters it is written with
-    twice                  the same tokens in several lines
+    twice                  the same tokens in several lines; or the same question with another answer (a note)
+    not asked              an empty question
     leaked                 a question of the training data that is asked in the test data too, in any turn
 
 The view of a line shows each token, and which of them carry loss.
@@ -12,7 +13,7 @@ Read before: train/jsonl.
 """
 
 import argparse
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,8 @@ class DataReport:
         for problem in told:
             by_text[problem.text].append(f"{problem.line} ({problem.other})" if problem.other else str(problem.line))
         lines += [f"problem   {_lines(numbers)}: {text}" for text, numbers in by_text.items()]
-        return "\n".join([*lines, "no problem found" if not told else f"{len(told):,} problems found"])
+        found = "no problem" if not told else f"{len(told):,} problem{'s' * (len(told) > 1)}"
+        return "\n".join([*lines, f"{found} found"])
 
 
 def check_data(
@@ -80,6 +82,10 @@ def check_data(
     notes = []
     if tokenizer.pad == tokenizer.eos:
         notes.append("padding is the token that ends an answer; the mask goes by length, so that the end is learnt")
+    found += _unasked(path, samples)
+    notes += _answered_otherwise(path, samples)
+    if not samples and not problems:
+        found.append(Problem(1, "the file holds no sample"))
     if against is not None:
         test, problems_there = read_lines(against, tokenizer, template)
         if problems_there:
@@ -164,6 +170,24 @@ def _twice(samples: Iterable[Sample]) -> list[Problem]:
             text = "the same as an earlier line (its number in brackets), whose weight in training grows"
             problems.append(Problem(number_of(sample), text, number_of(before)))
     return problems
+
+
+def _unasked(path: Path, samples: Iterable[Sample]) -> list[Problem]:
+    empty = [asked for asked in _questions(path, samples) if not asked.question]
+    return [Problem(asked.line, "its question is empty: nothing but the answer would be learnt") for asked in empty]
+
+
+def _answered_otherwise(path: Path, samples: Sequence[Sample]) -> list[str]:
+    """Questions that are answered in two ways: no mistake where any answer will do, and one where one is right."""
+    asked, by_line = _questions(path, samples), {number_of(sample): sample for sample in samples}
+    turns = Counter(line for _, line in asked)
+    first: dict[str, Sample] = {}
+    lines = []
+    for question, line in asked:
+        before = first.setdefault(question, by_line[line])
+        if question and turns[line] == 1 and before.tokens != by_line[line].tokens:
+            lines.append(f"{line} ({number_of(before)})")
+    return [f"{_lines(lines)}: asked in an earlier line too (in brackets), with another answer"] if lines else []
 
 
 def _leaked(trained: Sequence[Asked], tested: Sequence[Asked], against: Path) -> list[Problem]:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minilora.files import remove_unfinished, whole_file
+from minilora.files import remove_unfinished_in, whole_file
 from minilora.train.trainer import Step
 
 
@@ -70,6 +70,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         step, run, numbers = (json.loads(metadata[name]) for name in ("step", "run", "numbers"))
+        if not (isinstance(step, int) and isinstance(run, dict) and isinstance(numbers, dict)):
+            raise ValueError("its step, run and numbers are others")
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no whole checkpoint ({error}): begin the training anew") from None
     return Checkpoint(step, run, numbers, tensors)
@@ -108,7 +110,9 @@ def check_same_run(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """
     ours = json.loads(json.dumps(ours))
     differences = [
-        f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+        f"the contents of --{key.replace('_', '-')} have changed since"
+        if all(str(run.get(key)).startswith("SHA-256 ") for run in (theirs, ours))
+        else f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key) != ours.get(key)
     ]
@@ -156,7 +160,7 @@ class Saving:
 
     def resumed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Go on from the file, if there is one; give how many steps were made."""
-        remove_unfinished(self.path)
+        remove_unfinished_in(self.path.parent)
         return restore(read_checkpoint(self.path), model, optimizer, self.run) if self.path.exists() else 0
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -21,7 +21,14 @@ from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer
 from minilora.train.adapted import load_base, put_adapter, template_of
 from minilora.train.data import IGNORED, Sample, make_batches
-from minilora.train.evaluate import GENERAL_TOKENS, english_tokens, exact_match, generate_answers, mean_loss, perplexity
+from minilora.train.evaluate import (
+    GENERAL_TOKENS,
+    english_loss,
+    english_tokens,
+    exact_match,
+    generate_answers,
+    mean_loss,
+)
 from minilora.train.jsonl import read_samples, refuse_longer
 
 BATCH = 8
@@ -46,7 +53,7 @@ def grade(model: Decoder, tokenizer: Tokenizer, samples: Sequence[Sample]) -> Gr
     return Grades(
         loss=mean_loss(model, make_batches(samples, BATCH, tokenizer.pad, seed=0)),
         exact=exact_match(answers, [tokenizer.decode(reference) for reference in references]),
-        english_perplexity=perplexity(model, text),
+        english_perplexity=math.exp(english_loss(model, text)),
     )
 
 

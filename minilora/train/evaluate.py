@@ -23,6 +23,7 @@ from minilora.train.extraction import KEYS, Example
 from minilora.train.loss import loss_of
 
 GENERAL_TOKENS = 4096  # of plain English, to measure forgetting on
+WINDOW = 512  # tokens that it is cut into
 DATE_FORMAT = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -35,14 +36,17 @@ def generate_answers(
 ) -> list[str]:
     """Answer each prompt greedily, as far as the model's length goes; the answers stand in the order of the prompts.
 
-    Prompts of like length are answered together, so that little is computed for padding.
+    Prompts of like length are answered together, so that little is computed for padding; one that leaves less room
+    than `max_new_tokens` is answered alone, or it would shorten the others' answers.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    room = [model.config.max_seq_len - len(prompt) for prompt in prompts]
+    roomy = [i for i in order if room[i] >= max_new_tokens]
+    groups = [roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size)]
     answers = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in [*groups, *([i] for i in order if room[i] < max_new_tokens)]:
         batch = [prompts[i] for i in rows]
-        most = min(max_new_tokens, model.config.max_seq_len - max(map(len, batch)))
+        most = min(max_new_tokens, *(room[i] for i in rows))
         written = generate(model, batch, max_new_tokens=most, stop_tokens=tokenizer.stop_tokens)
         for i, tokens in zip(rows, written, strict=True):
             answers[i] = tokenizer.decode(tokens)
@@ -120,7 +124,7 @@ def english_tokens(tokenizer: Tokenizer, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, tokens: Sequence[int], seq_len: int = 512) -> float:
+def perplexity(model: nn.Module, tokens: Sequence[int], seq_len: int = WINDOW) -> float:
     """exp of the mean loss over all tokens but the first of each window: how many it hesitates between.
 
         perplexity = exp(− mean log p(token[i] | tokens before it in its window))
@@ -144,6 +148,12 @@ def perplexity(model: nn.Module, tokens: Sequence[int], seq_len: int = 512) -> f
             logits = model(window[None])[0, :-1].float()
             total += F.cross_entropy(logits, window[1:], reduction="sum").item()
     return math.exp(total / (n_windows * (seq_len - 1)))
+
+
+def english_loss(model: nn.Module, tokens: Sequence[int]) -> float:
+    """log perplexity, nats per token, in windows that the model was made to read."""
+    most = getattr(getattr(model, "config", None), "max_seq_len", WINDOW)
+    return math.log(perplexity(model, tokens, min(WINDOW, most)))
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 Read before: train/trainer, which is the loop; train/checkpoint.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import nn
@@ -15,7 +17,7 @@ from minilora.train.data import Batch, Sample, make_batches
 from minilora.train.judging import Judges, judge
 from minilora.train.listeners import MetricsLog, health_check, progress_bar
 from minilora.train.packing import make_packed_batches
-from minilora.train.trainer import Step, Training, in_parts, train, warmup_then_decay
+from minilora.train.trainer import SHAPES, Step, Training, in_parts, train, warmup_then_decay
 
 METRICS = "metrics.jsonl"
 
@@ -39,49 +41,81 @@ class Together(Protocol):
         """Refuse where they would go on from different steps."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How it is trained: what does not depend on the model and the samples.
+
+    Raises:
+        ValueError: naming every number that is impossible.
+    """
+
+    lr: float
+    batch_size: int  # samples, or rows that hold several: see pack_tokens
+    seed: int = 0  # of the order of the samples
+    epochs: int = 1  # times that each sample is seen, in a new order each time
+    state_bits: int = 32  # of AdamW's moments: 32 or 8
+    n_parts: int = 1  # that a batch goes through the model in
+    pack_tokens: int | None = None  # of a row; None: a sample a row, padded
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # gradients are clipped to it
+    shape: str = "linear"  # of the rate after the warm-up: trainer.SHAPES
+    warmup: float = 0.1  # share of the steps in which the rate rises
+
+    def __post_init__(self) -> None:
+        rules = {
+            "lr": (0 < self.lr < math.inf, "a number above 0, such as 2e-4"),
+            "batch_size": (self.batch_size >= 1, "1 or more"),
+            "epochs": (self.epochs >= 1, "1 or more"),
+            "n_parts": (1 <= self.n_parts <= max(1, self.batch_size), "1 to batch_size"),
+            "state_bits": (self.state_bits in (8, 32), "8 or 32"),
+            "shape": (self.shape in SHAPES, ", ".join(SHAPES)),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "max_grad_norm": (self.max_grad_norm > 0, "a number above 0"),
+            "warmup": (0 <= self.warmup < 1, "0 or more, and below 1"),
+        }
+        misfits = {name: what for name, (fits, what) in rules.items() if not fits}
+        problems = [f"{name} is {getattr(self, name)}: choose {what}" for name, what in misfits.items()]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def batches(self, samples: Sequence[Sample], pad: int) -> list[Batch]:
+        """All batches of all epochs, in order."""
+        found = []
+        for seed in range(self.seed, self.seed + self.epochs):
+            if self.pack_tokens is None:
+                found += make_batches(samples, self.batch_size, pad, seed)
+            else:
+                found += make_packed_batches(samples, self.batch_size, self.pack_tokens, pad, seed)
+        return found
+
+    def schedule(self, n_steps: int) -> Callable[[int], float]:
+        """The rate's factor at each step: a straight line up, and then `shape`."""
+        return warmup_then_decay(n_steps, int(self.warmup * n_steps), self.shape)
+
+
 def fine_tune(
     model: nn.Module,
     samples: Sequence[Sample],
+    recipe: Recipe,
     *,
     pad: int,
-    lr: float,
-    batch_size: int,
-    seed: int,
-    epochs: int = 1,
-    state_bits: int = 32,
-    n_parts: int = 1,
-    pack_tokens: int | None = None,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    shape: str = "linear",
-    warmup: float = 0.1,
     saving: Saving | None = None,
     judged_by: Judges | None = None,
     together: Together | None = None,
 ) -> Training:
-    """Train what requires a gradient in the model, on every sample `epochs` times, in a new order each time.
-
-    AdamW (its moments in `state_bits`), gradients clipped to `max_grad_norm`. The rate rises in a straight line over
-    the share `warmup` of the steps to `lr`, and falls to 0 in a `shape` of trainer.SHAPES. A batch goes through the
-    model in `n_parts`. It is of `batch_size` samples, or of as many rows of `pack_tokens`, which hold several each.
+    """Train what requires a gradient in the model by AdamW, as the recipe says.
 
     With `saving` the training goes on where its checkpoint stands, and ends with the same bits as if it had never
     stopped; a log of all steps lies beside it, and what its judges find, who may end it early. Of several processes,
     which train `together`, one alone tells and saves.
 
     Raises:
-        ValueError: if there is nothing to train, a number is impossible, or the checkpoint is of another run.
+        ValueError: if there is nothing to train, or the checkpoint is of another run.
         FloatingPointError: as train; the model keeps the weights of the step before.
     """
-
-    def batches_of(seed: int) -> list[Batch]:
-        if pack_tokens is None:
-            return make_batches(samples, batch_size, pad, seed)
-        return make_packed_batches(samples, batch_size, pack_tokens, pad, seed)
-
-    batches = [batch for n in range(epochs) for batch in batches_of(seed + n)]
+    batches = recipe.batches(samples, pad)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = PagedAdamW(trained, lr=lr, weight_decay=weight_decay, state_bits=state_bits)
+    optimizer = PagedAdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, state_bits=recipe.state_bits)
     done = saving.resumed(model, optimizer) if saving else 0
     if together:
         together.check_same(done)
@@ -99,11 +133,11 @@ def fine_tune(
             model,
             batches,
             optimizer,
-            warmup_then_decay(len(batches), int(warmup * len(batches)), shape),
-            max_grad_norm,
+            recipe.schedule(len(batches)),
+            recipe.max_grad_norm,
             listeners,
             done=done,
-            gradients=together.gradients if together else in_parts(n_parts),
+            gradients=together.gradients if together else in_parts(recipe.n_parts),
             anywhere=together.anywhere if together else bool,
         )
     if saving and training.steps:

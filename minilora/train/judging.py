@@ -11,13 +11,14 @@ Read before: train/evaluate, train/listeners.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from minilora.train.data import Batch
-from minilora.train.evaluate import mean_loss, perplexity
+from minilora.train.evaluate import english_loss, mean_loss
 from minilora.train.listeners import MetricsLog
 from minilora.train.trainer import Step
 
@@ -90,13 +91,17 @@ def judge(
     """
 
     def measure(step: int) -> None:
-        target, general = mean_loss(model, judges.held_out), math.log(perplexity(model, judges.general))
+        start = time.perf_counter()
+        target, general = mean_loss(model, judges.held_out), english_loss(model, judges.general)
+        seconds = time.perf_counter() - start
         log.write({"step": step, "target": target, "general": general})
         before = log.measured[0]
         gained, forgotten = before["target"] - target, general - before["general"]
-        say(f"step {step}: loss on held-out samples {target:.3f}; gained {gained:.3f}, forgotten {forgotten:.3f} nats")
+        found = f"loss on held-out samples {target:.3f}; gained {gained:.3f}, forgotten {forgotten:.3f} nats"
+        say(f"step {step}: {found} ({seconds:.0f} s to measure)")
 
     if not log.measured:
+        say("measuring the model as it is before training …")
         measure(0)
 
     def listen(step: Step) -> str | None:

@@ -24,7 +24,9 @@ from minilora.train.health import idle_adapters
 from minilora.train.trainer import Step
 
 RECENT = 20  # steps that a loss is compared with
+FEWEST = 3  # of them
 SPIKE = 2.0  # times their median
+NOISE = 0.5  # nats
 
 
 @contextmanager
@@ -40,19 +42,30 @@ def progress_bar(n_steps: int, done: int = 0, shown: bool = True) -> Iterator[Ca
 
 
 def health_check(model: nn.Module, say: Callable[[str], None]) -> Callable[[Step], None]:
-    """A listener that says what it does not like: adapters that do not move, a loss that jumps."""
+    """A listener that says what it does not like: adapters that do not move, a loss that jumps or climbs.
+
+    A loss is high where it is SPIKE times the median of the last RECENT ones, or of the first ones there are, and
+    NOISE nats more. It is told when it gets so, and not at every step after.
+    """
     losses: list[float] = []
+    was_high = False
 
     def listen(step: Step) -> None:
+        nonlocal was_high
         if not losses and (idle := idle_adapters(model)):
             say(
                 f"after step {step.number} B is still zero in {len(idle)} adapter layers, such as {idle[0]}: "
                 "no gradient reaches them, so they learn nothing (a layer that is not called, or a cut-off graph?)"
             )
-        usual = median(losses[-RECENT:]) if len(losses) >= RECENT else math.inf
-        if step.loss > SPIKE * usual:
-            say(f"step {step.number}: the loss is {step.loss:.3f}, where {usual:.3f} was usual: look at its batch")
+        usual = median(losses[-RECENT:]) if len(losses) >= FEWEST else math.inf
+        is_high = step.loss > max(SPIKE * usual, usual + NOISE)
+        if is_high and not was_high:
+            say(
+                f"step {step.number}: the loss is {step.loss:.3f}, where {usual:.3f} was usual: "
+                "look at its batch; if it stays so, lower the learning rate"
+            )
         losses.append(step.loss)
+        was_high = is_high
 
     return listen
 
@@ -65,17 +78,14 @@ class MetricsLog:
 
     def __init__(self, path: Path, done: int = 0) -> None:
         self.path = path
-        self.lines = [line for line in read_metrics(path) if line["step"] <= done] if done else []
-        write_whole({path: "".join(json.dumps(line) + "\n" for line in self.lines).encode()})
-
-    @property
-    def measured(self) -> list[Mapping[str, Any]]:
-        """The lines of what was measured, not of steps: train/judging."""
-        return [line for line in self.lines if "target" in line]
+        lines = [line for line in read_metrics(path) if line["step"] <= done] if done else []
+        self.measured = [line for line in lines if "target" in line]  # not of steps: train/judging
+        write_whole({path: "".join(json.dumps(line) + "\n" for line in lines).encode()})
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line, at once."""
-        self.lines.append(line)
+        if "target" in line:
+            self.measured.append(line)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

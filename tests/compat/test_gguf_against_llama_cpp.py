@@ -22,7 +22,7 @@ from minilora.torch_lora.inject import ALL_LINEAR, adapter_layers
 from minilora.torch_lora.peft_format import lora_layer
 from minilora.train.export import adapter_pairs, export, merged_weight
 from minilora.train.extraction import write
-from minilora.train.finetune import fine_tune
+from minilora.train.finetune import Recipe, fine_tune
 
 pytestmark = pytest.mark.long
 
@@ -49,7 +49,7 @@ def adapter(tmp_path_factory, examples) -> Path:
     inject(model, ALL_LINEAR, lambda base: LoRALinear(base, r=8, alpha=16, generator=start))
     samples = [encode(tokenizer, example) for example in examples[N_ASKED:]]
     assert tokenizer.pad is not None
-    fine_tune(model, samples, pad=tokenizer.pad, lr=2e-3, batch_size=8, seed=0)
+    fine_tune(model, samples, Recipe(lr=2e-3, batch_size=8), pad=tokenizer.pad)
     folder = tmp_path_factory.mktemp("adapter")
     save_adapter(model, folder, base_name=model.origin.name, base_sha256=model.origin.sha256)
     return folder

@@ -63,6 +63,31 @@ def test_every_kind_of_problem_is_told_with_its_lines(tmp_path, capsys):
     assert f"note      1 lines of {test} cannot be read" in out and out[-1] == "7 problems found"
 
 
+def test_what_is_asked_twice_or_not_at_all_is_told(tmp_path, capsys):
+    data = written(
+        tmp_path / "data.jsonl", row("1?", "One."), row("1?", "Two."), row(" ", "Three."), row("4?", "Four.")
+    )
+
+    assert cli.main(["check", str(data)]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert "note      line 2 (1): asked in an earlier line too (in brackets), with another answer" in out
+    assert [line for line in out if line.startswith("problem")] == [
+        "problem   line 3: its question is empty: nothing but the answer would be learnt"
+    ]
+    assert out[-1] == "1 problem found"
+
+
+def test_a_file_without_a_sample_is_a_problem(tmp_path, capsys):
+    assert cli.main(["check", str(written(tmp_path / "data.jsonl"))]) == 1
+    assert "the file holds no sample" in capsys.readouterr().out
+
+
+def test_one_array_of_objects_is_told_from_lines(tmp_path, capsys):
+    (tmp_path / "data.json").write_text(json.dumps([row("1?", "One.")], indent=2))
+    assert cli.main(["check", str(tmp_path / "data.json")]) == 2
+    assert "is one JSON array: write each of its objects on a line of its own" in capsys.readouterr().err
+
+
 def test_a_leak_is_found_whatever_its_case_its_spaces_its_system_text_and_its_turn(tmp_path, capsys):
     question = "Which river runs through Basel?"
     turns = [("user", "Hello."), ("assistant", "Hi."), ("user", question), ("assistant", "The Rhine.")]

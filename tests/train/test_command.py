@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from tiny_run import write_base
 
 from minilora import cli
 from minilora.llm import load_model
@@ -12,6 +13,7 @@ from minilora.llm.load import model_folder
 from minilora.llm.tokenizer import load_tokenizer
 from minilora.qlora import NF4Linear
 from minilora.torch_lora.inject import adapter_layers
+from minilora.torch_lora.layers import LoRAEmbedding
 from minilora.train import command
 from minilora.train.adapted import put_adapter
 from minilora.train.jsonl import read_samples
@@ -50,17 +52,17 @@ OPTIONS = {
     "--dropout 0.25": lambda seen, layer: layer.dropout == 0.25,
     "--dtype fp32": lambda seen, layer: seen["model"].model.embed_tokens.weight.dtype == torch.float32,
     "--checkpointing": lambda seen, layer: seen["model"].model.gradient_checkpointing,
-    "--seed 6": lambda seen, layer: seen["seed"] == 6 and torch.initial_seed() == 6,
-    "--lr 0.01": lambda seen, layer: seen["lr"] == 0.01,
-    "--schedule cosine": lambda seen, layer: seen["shape"] == "cosine",
-    "--warmup 0.25": lambda seen, layer: seen["warmup"] == 0.25,
-    "--weight-decay 0.5": lambda seen, layer: seen["weight_decay"] == 0.5,
-    "--max-grad-norm 0.5": lambda seen, layer: seen["max_grad_norm"] == 0.5,
-    "--epochs 2": lambda seen, layer: seen["epochs"] == 2,
-    "--batch 4": lambda seen, layer: seen["batch_size"] == 4,
-    "--accumulate 2": lambda seen, layer: seen["n_parts"] == 2,
-    "--pack 600": lambda seen, layer: seen["pack_tokens"] == 600,
-    "--optimizer adamw-8bit": lambda seen, layer: seen["state_bits"] == 8,
+    "--seed 6": lambda seen, layer: seen["recipe"].seed == 6 and torch.initial_seed() == 6,
+    "--lr 0.01": lambda seen, layer: seen["recipe"].lr == 0.01,
+    "--schedule cosine": lambda seen, layer: seen["recipe"].shape == "cosine",
+    "--warmup 0.25": lambda seen, layer: seen["recipe"].warmup == 0.25,
+    "--weight-decay 0.5": lambda seen, layer: seen["recipe"].weight_decay == 0.5,
+    "--max-grad-norm 0.5": lambda seen, layer: seen["recipe"].max_grad_norm == 0.5,
+    "--epochs 2": lambda seen, layer: seen["recipe"].epochs == 2,
+    "--batch 4": lambda seen, layer: seen["recipe"].batch_size == 4,
+    "--accumulate 2": lambda seen, layer: seen["recipe"].n_parts == 2,
+    "--pack 600": lambda seen, layer: seen["recipe"].pack_tokens == 600,
+    "--optimizer adamw-8bit": lambda seen, layer: seen["recipe"].state_bits == 8,
     "--save-every 7": lambda seen, layer: seen["saving"].every == 7,
     "--max-tokens 40": lambda seen, layer: max(len(s.tokens) for s in seen["samples"]) <= 40 < seen["longest"],
     "--template plain": lambda seen, layer: seen["samples"][0].tokens[:1] != seen["own"].tokens[:1],
@@ -74,8 +76,8 @@ ELSEWHERE = {"help", "data", "out", "base", "eval_data", "parallel"}  # the test
 def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
     seen = {}
 
-    def fine_tune(model, samples, **settings):
-        seen.update(settings, model=model, samples=samples)
+    def fine_tune(model, samples, recipe, **settings):
+        seen.update(settings, model=model, samples=samples, recipe=recipe)
         return Training([])
 
     monkeypatch.setattr(command, "fine_tune", fine_tune)
@@ -123,7 +125,7 @@ def test_samples_to_measure_on_are_checked_before_anything_is_loaded(data, tmp_p
 
 
 def test_what_was_learnt_before_training_broke_off_is_saved(data, tmp_path, monkeypatch, capsys):
-    def fine_tune(model, samples, **settings):
+    def fine_tune(model, samples, recipe, **settings):
         raise FloatingPointError("the loss is nan at step 9")
 
     monkeypatch.setattr(command, "fine_tune", fine_tune)
@@ -168,19 +170,33 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(data, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epochs", "0"], "epochs are 0, and a batch of 8 is taken in 1 parts: choose 1 or more of each"),
-        (["--batch", "0"], "epochs are 1, and a batch of 0 is taken in 1 parts"),
-        (["--accumulate", "9"], "a batch of 8 is taken in 9 parts"),
+        (["--epochs", "0"], "epochs is 0: choose 1 or more"),
+        (["--batch", "0"], "batch_size is 0: choose 1 or more"),
+        (["--accumulate", "9"], "n_parts is 9: choose 1 to batch_size"),
         (["--save-every", "0"], "cannot save every 0 steps: choose 1 or more"),
-        (["--patience", "2"], "judge by samples that are not trained on: give --eval-data"),
-        (["--lr", "inf"], "the learning rate is inf: choose one above 0, such as 2e-4"),
+        (["--patience", "2"], "--patience would do nothing: give --eval-data samples to measure on"),
+        (["--lr", "inf"], "lr is inf: choose a number above 0, such as 2e-4"),
         (["--base", "nothing"], "there is no model 'nothing'"),
         (["--base", "a.gguf"], "a.gguf is a GGUF file, made for answering: train on the folder"),
-        (["--warmup", "1"], "warm-up is 1.0, weight decay 0.0, and gradients are clipped to a norm of 1.0"),
+        (["--warmup", "1"], "warmup is 1.0: choose 0 or more, and below 1"),
         (["--targets", "q_proj,q_porj"], "q_porj"),
-        (["--r", "0"], "r is 0: it must be 1 or more"),
+        (["--eval-every", "5"], "--eval-every would do nothing: give --eval-data samples to measure on"),
+        (["--dropout", "1.5"], "dropout is 1.5"),
+        (["--rank", "4"], "unrecognized arguments: --rank 4: did you mean --r?"),
+        (["--shedule", "cosine"], "unrecognized arguments: --shedule cosine: did you mean --schedule?"),
+        (["--r", "0"], "r is 0: it counts the rows of A"),
     ],
 )
 def test_impossible_options_are_refused(words, message, data, tmp_path, capsys):
     assert cli.main(["train", "--data", str(data), "--out", str(tmp_path / "adapter"), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_embedding_can_be_a_target(data, tmp_path):
+    words = ["train", "--data", str(data), "--out", str(tmp_path / "out"), "--targets", "embed_tokens,q_proj"]
+    base = write_base(tmp_path / "base")
+    assert cli.main([*words, "--base", str(base), "--dropout", "0.1", "--lr", "0.01"]) == 0
+    model, _ = load_model(base)
+    put_adapter(model, tmp_path / "out")
+    layers = adapter_layers(model)
+    assert isinstance(layers["model.embed_tokens"], LoRAEmbedding) and layers["model.embed_tokens"].A.any()

@@ -100,6 +100,13 @@ def test_an_instruction_and_its_input_are_one_question(tmp_path, tokenizer):
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
             "message 2 has weight, which is not read here",
         ),
+        ({"prompt": "a", "completion": "b", "input": "c"}, "it has input, which is not read here: write it into"),
+        ({"instruction": "a", "output": "b", "inptu": "c"}, "it has inptu, .*: did you mean input"),
+        ({"instruction": "a", "output": "b", "prompt": "c"}, "it has instruction and output, which is"),
+        ({"messages": [], "system": "c"}, "it has system, which is not read here: write it into messages, or drop it"),
+        ({"instruction": "a", "output": "b", "context": "c"}, "it has context, which is not read here"),
+        ({"prompt": "a", "completion": "b", "train": False}, "it has train, which is not read here"),
+        ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "message 1 has name, which is not read here"),
         ({"messages": [{"role": "user", "content": "a", "input": 5}] * 2}, "message 1 is .*: give it a role"),
         ({"messages": [{"role": "user", "content": "a"}, 3]}, "message 2 is 3: give it a role"),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "the last message has to be the assistant's"),
@@ -157,3 +164,16 @@ def test_a_byte_order_mark_is_passed_over(tmp_path, tokenizer):
 def test_a_file_without_samples_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="holds no sample: give it a line like"):
         read_samples(written(tmp_path, "", ""), tokenizer)
+
+
+def test_notes_and_empty_fields_change_nothing():
+    plain = {"prompt": "a", "completion": "b"}
+    noted = plain | {"id": 7, "source": "x", "system": "", "tools": [], "history": None, "weight": 1, "train": True}
+
+    assert messages_of(noted) == messages_of(plain)
+
+
+def test_the_end_is_learnt_whatever_an_answer_begins_with(tokenizer):
+    for answer in ("Hello", "\n\nHello", " Hello", "."):
+        talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+        assert conversation(talk, tokenizer).labels[-1] == tokenizer.control_tokens["<|im_end|>"]

@@ -87,7 +87,8 @@ def test_a_training_is_measured_and_ended(tmp_path):
     assert [line["step"] for line in log.measured] == list(range(0, len(training.steps) + 1, 3))
     assert (log.measured[0]["target"], log.measured[0]["general"]) == before
     assert log.measured[-1]["general"] - before[1] > 0.3 >= log.measured[-2]["general"] - before[1]
-    assert said[0].startswith(f"step 0: loss on held-out samples {before[0]:.3f}; gained 0.000, forgotten 0.000")
+    assert said[0] == "measuring the model as it is before training …"
+    assert said[1].startswith(f"step 0: loss on held-out samples {before[0]:.3f}; gained 0.000, forgotten 0.000")
 
 
 def test_the_best_step_is_kept_and_not_the_one_that_ended_it(tmp_path):

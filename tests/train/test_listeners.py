@@ -65,7 +65,27 @@ def test_a_loss_that_jumps_is_told():
     listen = health_check(nn.Linear(1, 1), said.append)
     for number in range(1, 21):
         listen(step(number, loss=1.0))
-    for number, loss in enumerate([1.9, 2.1, 1.0], start=21):
+    for number, loss in enumerate([1.9, 2.1, 2.2, 1.0], start=21):
         listen(step(number, loss=loss))
 
-    assert said == ["step 22: the loss is 2.100, where 1.000 was usual: look at its batch"]
+    (text,) = said
+    assert text.startswith("step 22: the loss is 2.100, where 1.000 was usual: look at its batch")
+
+
+def test_a_loss_that_climbs_from_the_first_steps_on_is_told_once():
+    said = []
+    listen = health_check(nn.Linear(1, 1), said.append)
+    for number, loss in enumerate([3.0, 2.9, 3.1, 5.0, 7.0, 9.0], start=1):
+        listen(step(number, loss=loss))
+
+    (text,) = said
+    assert text.startswith("step 5: the loss is 7.000, where 3.050 was usual")
+
+
+def test_noise_of_a_small_loss_is_no_jump():
+    said = []
+    listen = health_check(nn.Linear(1, 1), said.append)
+    for number in range(1, 41):
+        listen(step(number, loss=0.05 if number % 7 else 0.2))
+
+    assert said == []

@@ -13,7 +13,7 @@ import torch
 from tiny_run import write_base, write_data
 
 from minilora import cli
-from minilora.train import trainer
+from minilora.train import command, trainer
 from minilora.train.checkpoint import read_checkpoint
 
 OPTIONS = "--batch 2 --accumulate 2 --epochs 2 -r 4 --dropout 0.2 --lr 0.01 --dtype fp32 --seed 3"
@@ -57,7 +57,7 @@ def test_a_run_that_ctrl_c_stopped_goes_on_to_the_same_bytes(words, whole, tmp_p
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         monkeypatch.setattr(trainer, "check_finite", press_ctrl_c)
-        assert cli.main([*words, "--out", str(out)]) == 0
+        assert cli.main([*words, "--out", str(out)]) == 130
         monkeypatch.undo()
     finally:
         signal.signal(signal.SIGINT, before)
@@ -79,11 +79,36 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(words, whole, tmp_path):
     assert left_by(out) == whole
 
 
+def test_options_of_nothing_are_options_too(words, tmp_path):
+    out, none = tmp_path / "out", ["--warmup", "0", "--dropout", "0", "--seed", "0", "--weight-decay", "0"]
+    assert cli.main([*words, "--out", str(out), *none]) == 0
+    given = {word.partition("=")[0]: word.partition("=")[2] for word in command.words_of(out)}
+    assert {given[f"--{name}"] for name in ("warmup", "dropout", "weight-decay")} == {"0.0"}
+    assert given["--seed"] == "0" and "--rslora" not in given and "--pack" not in given
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    assert cli.main(["resume", str(out)]) == 0
+    assert (out / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_what_a_killed_run_left_half_written_is_in_nobodys_way(words, whole, tmp_path):
+    out = tmp_path / "out"
+    (out / "best").mkdir(parents=True)
+    for place in (".run.json-0123abcd", ".metrics.jsonl-01234567", "best/.adapter_config.json-0123abcd"):
+        (out / place).write_bytes(b"half")
+    (out / "best/adapter_config.json").write_bytes(b"of a run before")
+    (out / "run.json").write_bytes(b"of a run before")
+    assert cli.main([*words, "--out", str(out), "--eval-every", "100", "--epochs", "1"]) == 0
+
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
+    assert json.loads((out / "best/adapter_config.json").read_text())["r"] == 4
+
+
 def test_a_folder_with_a_training_is_not_trained_over(words, tmp_path, capsys):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"of another")
 
     assert cli.main([*words, "--out", str(tmp_path)]) == 2
-    assert f"holds a training: go on with `minilora resume {tmp_path}`, or choose another" in capsys.readouterr().err
+    told = f"holds a training: if it was stopped, go on with `minilora resume {tmp_path}`; or choose another --out"
+    assert told in capsys.readouterr().err
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == b"of another"
 
 
@@ -94,7 +119,7 @@ def test_other_data_under_the_same_name_is_another_run(words, tmp_path, capsys):
     write_data(data, 19)
 
     assert cli.main(["resume", str(out)]) == 2
-    assert "the checkpoint is of another run:\n  data is '" in capsys.readouterr().err
+    assert "the checkpoint is of another run:\n  the contents of --data have changed since" in capsys.readouterr().err
     assert (out / "adapter_model.safetensors").read_bytes() == adapter
 
 

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import write_base, write_data
 
 from minilora import cli
-from minilora.train import chat
+from minilora.train import chat, evaluate
 from minilora.train.chat import say, shortened
 from minilora.train.compare import split_last_answer
 from minilora.train.data import Sample, make_batches, mask_prompt
@@ -135,6 +135,55 @@ def test_a_prompt_that_leaves_less_room_than_the_longest_answer_is_answered_all_
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     assert cli.main(["eval", "--data", str(data), "--base", str(base)]) == 0
+
+
+def test_a_long_prompt_does_not_shorten_the_answers_beside_it(base, monkeypatch):
+    model, tokenizer = chat.load_adapted(str(base), None, chat.torch.float32)
+    asked = [[7] * 508, [8] * 3, [9] * 4, [7] * 500]
+    seen = []
+
+    def generate(model, batch, max_new_tokens, stop_tokens):
+        seen.append((batch, max_new_tokens))
+        return [[0]] * len(batch)
+
+    monkeypatch.setattr(evaluate, "generate", generate)
+    evaluate.generate_answers(model, tokenizer, asked, 100)
+    assert seen == [([asked[1], asked[2]], 100), ([asked[3]], 12), ([asked[0]], 4)]
+
+
+def test_samples_that_the_model_cannot_read_are_not_graded(base, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "so " * 600, "completion": "yes"}))
+    assert cli.main(["eval", "--data", str(data), "--base", str(base)]) == 2
+    assert "and the model was made for 512: shorten it, or drop it" in capsys.readouterr().err
+
+
+def test_the_input_of_a_question_goes_where_the_template_wants_it(base, monkeypatch):
+    heard = []
+    monkeypatch.setattr(chat, "stream", lambda model, prompt, **settings: iter(heard.append(prompt) or []))
+    words = ["chat", "Translate.", "--input", "chat", "--base", str(base), "--template"]
+    for template in ("alpaca", "plain"):
+        assert cli.main([*words, template]) == 0
+    _, tokenizer = chat.load_adapted(str(base), None, chat.torch.float32)
+    alpaca = with_template(tokenizer, "alpaca")
+    asked = [{"role": "user", "content": "Translate.", "input": "chat"}]
+    assert heard == [alpaca.encode_chat(asked), tokenizer.encode("Translate.\n\nchat")]
+
+
+def test_an_answer_of_no_tokens_is_refused(base, capsys):
+    assert cli.main(["chat", "Hello?", "--base", str(base), "--max-new-tokens", "0"]) == 2
+    assert "--max-new-tokens is 0: choose 1 or more" in capsys.readouterr().err
+
+
+def test_temperature_and_seed_reach_the_drawing(base, capsys):
+    def said(*options):
+        assert cli.main(["chat", "Hello?", "--base", str(base), "--max-new-tokens", "8", *options]) == 0
+        return capsys.readouterr().out
+
+    greedy, warm = said(), ["--temperature", "5"]
+    assert said(*warm, "--seed", "1") == said(*warm, "--seed", "1") != said(*warm, "--seed", "2")
+    assert said(*warm, "--seed", "1") != greedy
+    assert said(*warm, "--seed", "1", "--top-p", "1e-9") == greedy
 
 
 def test_the_best_adapter_is_left_beside_the_last(base, tmp_path, capsys):
