@@ -231,6 +231,35 @@ def test_what_cannot_be_merged_is_refused_and_the_model_is_as_before(make, dtype
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+def test_what_no_adapter_touches_must_fit_the_dtype_too_and_all_of_it_is_named():
+    """65536 is a bfloat16, and in float16 infinite: written so, the model would answer NaN."""
+    model = adapted(["up"], dtype=torch.bfloat16)
+    model.four_bits = NF4Linear(nn.Linear(64, 64).requires_grad_(False))
+    with torch.no_grad():
+        model.norm.weight[1], model.up.base.bias[2], model.head.weight[3, 3] = 1e5, -65536.0, 65536.0
+        model.four_bits.absmax_bits[0] = torch.tensor(1e38).view(torch.int32)
+    before = copy.deepcopy(model.state_dict())
+    named = ["embed.weight", "head.weight", "up.bias", "norm.weight", "four_bits.weight"]
+    message = "merged:" + "".join(f"\n  {name}: not finite as torch.float16" for name in named) + "$"
+    with pytest.raises(ValueError, match=message):
+        merge_model(model, torch.float16)
+    with pytest.raises(ValueError, match=message):
+        next(merged_state(model, torch.float16, MergeReport("float16", {})))
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items() if "extra" not in name)
+
+    assert merge_model(model, torch.float32).layers  # wide enough
+
+
+def test_what_stores_no_floats_keeps_its_numbers_where_the_rest_is_rounded():
+    model = adapted(["up"])
+    model.codes = nn.Parameter(torch.arange(8), requires_grad=False)
+    state = dict(merged_state(model, torch.bfloat16, MergeReport("bfloat16", {})))
+    merge_model(model, torch.bfloat16)
+
+    assert state["codes"].dtype == model.codes.dtype == torch.int64
+
+
 def test_a_nan_in_the_adapter_is_refused_by_name():
     model = adapted(["up", "embed"])
     model.up.A.data[0, 0] = float("nan")
