@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats, dense_weight
+from minilora.torch_lora.adapter_layer import FLOATS, AdapterLayer, StoresNoFloats, dense_weight
 from minilora.torch_lora.arithmetic import Distance, overall
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.replaced import keep_for_good
@@ -80,7 +80,7 @@ def merge_model(model: nn.Module, dtype: torch.dtype | None = None) -> MergeRepo
 
         W′ = round(W + ΔW)
 
-    With a dtype all floats among the model's parameters are in it afterwards; without one each layer keeps its base's,
+    With a dtype all floats (16 bits or more) among the model's parameters are in it afterwards; without one each layer keeps its base's,
     and a base that stores no floats becomes an nn.Linear of float32. A layer in two places stays one. A weight that two
     modules share (an embedding and its head) is shared no more where one of them had an adapter.
 
@@ -96,7 +96,7 @@ def merge_model(model: nn.Module, dtype: torch.dtype | None = None) -> MergeRepo
     keep_for_good(model)
     if dtype is not None:
         for parameter in model.parameters():
-            if parameter.is_floating_point():
+            if parameter.dtype in FLOATS:
                 parameter.data = parameter.data.to(dtype)
     warn_if_erased(report)
     return report
@@ -143,7 +143,7 @@ def merged_state(model: nn.Module, dtype: torch.dtype, report: MergeReport) -> I
         for parameter_name, parameter in others.items():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield parameter_name, parameter.detach().to(dtype if parameter.is_floating_point() else parameter.dtype)
+                yield parameter_name, parameter.detach().to(dtype if parameter.dtype in FLOATS else parameter.dtype)
 
 
 def warn_if_erased(report: MergeReport) -> None:
@@ -252,7 +252,7 @@ def _not_finite_beside(model: nn.Module, dtype: torch.dtype) -> list[str]:
             others = {f"{name}.weight": dense_weight(module, dtype)} | others
         for parameter_name, parameter in others.items():
             pieces = parameter.detach().reshape(-1).split(CHUNK)
-            if not all(piece.to(dtype).isfinite().all() for piece in pieces if piece.is_floating_point()):
+            if not all(piece.to(dtype).isfinite().all() for piece in pieces if piece.dtype in FLOATS):
                 broken.append(f"{parameter_name}: not finite as {dtype}")
     return broken
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from minilora.torch_lora.adapter_layer import FLOATS
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.peft_config import AdapterConfig
 from minilora.torch_lora.replaced import replaced_tensors
@@ -21,7 +22,6 @@ from minilora.torch_lora.replaced import replaced_tensors
 PREFIX = "base_model.model."
 BASE = ".base_layer."  # stands before a tensor of the base where its layer has an A and a B
 UNUSED = (".original_module.", ".modules_to_save.")  # PEFT writes these beside a saved module's bias, and reads neither
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:

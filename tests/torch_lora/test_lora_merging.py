@@ -251,13 +251,14 @@ def test_what_no_adapter_touches_must_fit_the_dtype_too_and_all_of_it_is_named()
     assert merge_model(model, torch.float32).layers  # wide enough
 
 
-def test_what_stores_no_floats_keeps_its_numbers_where_the_rest_is_rounded():
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_stay_as_they_are_where_the_rest_is_rounded(dtype):
     model = adapted(["up"])
-    model.codes = nn.Parameter(torch.arange(8), requires_grad=False)
+    model.codes = nn.Parameter(torch.arange(8.0).to(dtype), requires_grad=False)
     state = dict(merged_state(model, torch.bfloat16, MergeReport("bfloat16", {})))
     merge_model(model, torch.bfloat16)
 
-    assert state["codes"].dtype == model.codes.dtype == torch.int64
+    assert state["codes"].dtype == model.codes.dtype == dtype
 
 
 def test_a_nan_in_the_adapter_is_refused_by_name():
