@@ -80,8 +80,8 @@ def merge_model(model: nn.Module, dtype: torch.dtype | None = None) -> MergeRepo
 
         W′ = round(W + ΔW)
 
-    With a dtype all floats (16 bits or more) among the model's parameters are in it afterwards; without one each layer keeps its base's,
-    and a base that stores no floats becomes an nn.Linear of float32. A layer in two places stays one. A weight that two
+    With a dtype all parameters of 16 bits or more are in it afterwards; without one each layer keeps its base's, and a
+    base that stores no floats becomes an nn.Linear of float32. A layer in two places stays one. A weight that two
     modules share (an embedding and its head) is shared no more where one of them had an adapter.
 
     Warns:

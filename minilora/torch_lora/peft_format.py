@@ -31,13 +31,14 @@ from minilora.torch_lora.inject import (
     refuse_to_train_without_floats,
 )
 from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, kind_of
-from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, config_of, read_config
+from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, config_of, config_sha256, read_config
 from minilora.torch_lora.peft_tensors import fit_adapter, matrices_by_key, read_tensors
 from minilora.torch_lora.peft_whole import in_model, whole_to_write
 from minilora.torch_lora.replaced import all_finite, replace_tensors, replaced_tensors, warn_of_untying
 
 TENSOR_FILE = "adapter_model.safetensors"
 BASE_FORM = "base_stored_as"  # in its metadata, where the base does not store floats
+CONFIG_SHA256 = "config_sha256"  # in the metadata of the tensors that are written here
 
 
 def lora_layer(base: nn.Module, *, r: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False) -> LoRALayer:
@@ -88,6 +89,9 @@ def write_adapter(
 ) -> None:
     """Write the two files of an adapter, both or none, by names and keys that are PEFT's already.
 
+    They are renamed one after the other: should the process be killed in between, the tensors name a config that is not
+    there, and load_adapter refuses them.
+
     Raises:
         ValueError: if a tensor holds a NaN or an infinity.
     """
@@ -96,7 +100,8 @@ def write_adapter(
         raise ValueError(f"{len(broken)} tensors of this adapter hold NaN or infinite values, the first is {broken[0]}")
     stored = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     folder, config_json = Path(folder), json.dumps(config, indent=2, sort_keys=True) + "\n"
-    tensor_file = with_sorted_metadata(save(stored, {"format": "pt"} | dict(metadata)))
+    about = {"format": "pt", CONFIG_SHA256: config_sha256(config)} | dict(metadata)
+    tensor_file = with_sorted_metadata(save(stored, about))
     files = {TENSOR_FILE: tensor_file, CONFIG_FILE: config_json.encode()}
     write_whole({folder / name: content for name, content in files.items()})
 
@@ -121,12 +126,13 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
-        ValueError: if a file is damaged, the config asks for something that is not plain LoRA (with the reason), or
-            tensors do not fit the model (all mismatches at once).
+        ValueError: if a file is damaged, the config asks for something that is not plain LoRA (with the reason), is
+            not the one that the tensors were written with, or they do not fit the model (all mismatches at once).
     """
     folder = Path(folder)
     config = read_config(folder / CONFIG_FILE)
     tensors, metadata = read_tensors(folder / TENSOR_FILE)
+    refuse_another_config(folder, config, metadata)
     pairs, whole = fit_adapter(model, tensors, config)
     settings = {name: config.settings_of(name) for name in pairs}
     _refuse_another_method(adapter_layers(model), config)
@@ -172,6 +178,23 @@ def form_of_bases(layers: Mapping[str, LoRALayer]) -> str:
 def stored_as(base: StoresNoFloats) -> str:
     """The base's own words for how it is stored, or its kind."""
     return getattr(base, "stored_as", type(base).__name__)
+
+
+def refuse_another_config(folder: Path, config: AdapterConfig, metadata: Mapping[str, str]) -> None:
+    """Refuse tensors that were written with other settings than those in the config beside them.
+
+    An error and no warning: with another alpha an adapter loads, and answers wrongly. Files of others, which name no
+    config, are taken as they are.
+
+    Raises:
+        ValueError: if it is so; it says what to do where the config was changed on purpose.
+    """
+    if metadata.get(CONFIG_SHA256, config.sha256) != config.sha256:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} is not the config that {TENSOR_FILE} was written with. If writing was cut off "
+            "between the two, save the adapter again. If the config was changed by hand: what you mean is written with "
+            "peft_format.write_adapter(folder, json.loads(config_text), safetensors.torch.load_file(tensor_file), {})"
+        )
 
 
 def _shortest_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:

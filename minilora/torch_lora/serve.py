@@ -41,7 +41,7 @@ from minilora.torch_lora.adapter_cache import Adapter, AdapterCache
 from minilora.torch_lora.inject import ALL_LINEAR, Target, inject, match_targets
 from minilora.torch_lora.layers import LoRAConv1D, LoRALinear, refuse_unfit
 from minilora.torch_lora.peft_config import AdapterConfig, read_config
-from minilora.torch_lora.peft_format import CONFIG_FILE, TENSOR_FILE
+from minilora.torch_lora.peft_format import CONFIG_FILE, TENSOR_FILE, refuse_another_config
 from minilora.torch_lora.peft_tensors import fit_adapter, read_tensors
 
 FEW_TOKENS = 8  # a slot: up to here a CPU multiplies as float32, the stacks' dtype there, and beyond it in x's dtype
@@ -112,12 +112,13 @@ class AdapterServer:
 
     def _size_of(self, folder: Path) -> int:
         """The bytes of a folder's adapter in this server's dtype, from its config and its header."""
-        served_config(folder)
+        config = served_config(folder)
         path = folder / TENSOR_FILE
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}")
         try:
             with safe_open(path, framework="pt") as file:
+                refuse_another_config(folder, config, file.metadata() or {})
                 numbers = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from None
@@ -127,7 +128,8 @@ class AdapterServer:
     def _read(self, folder: Path) -> Adapter:
         """Read an adapter with peft_tensors' own checks, against layers that hold no numbers."""
         config = served_config(folder)
-        tensors, _ = read_tensors(folder / TENSOR_FILE)
+        tensors, metadata = read_tensors(folder / TENSOR_FILE)
+        refuse_another_config(folder, config, metadata)
         pairs, _ = fit_adapter(self._skeleton, tensors, config)
         wide = torch.promote_types(self._dtype, torch.float32)
         return Adapter(

@@ -14,6 +14,8 @@ from torch import nn
 
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, load_adapter, remove, save_adapter
+from minilora.torch_lora.peft_config import config_sha256
+from minilora.torch_lora.peft_format import write_adapter
 
 
 class Model(nn.Module):
@@ -40,8 +42,10 @@ def saved(tmp_path: Path) -> Path:
 
 
 def edit_config(folder: Path, **changes: object) -> None:
+    """As if another program had written the folder: its tensors name no config."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_tensors(folder, lambda tensors: None)
 
 
 def edit_tensors(folder: Path, change) -> None:
@@ -81,7 +85,7 @@ def test_the_files_are_those_of_peft(saved):
     assert config["peft_type"] == "LORA"
     assert config["target_modules"] == ["q_proj", "v_proj"]
     assert names == {f"base_model.model.{m}_proj.lora_{x}.weight" for m in "qv" for x in "AB"}
-    assert metadata == {"format": "pt"}
+    assert metadata == {"format": "pt", "config_sha256": config_sha256(config)}
 
 
 def test_whole_names_are_written_where_the_last_parts_hit_more(tmp_path):
@@ -334,6 +338,41 @@ def test_all_refused_keys_are_named_at_once(saved):
 
 def test_keys_at_their_defaults_are_accepted(saved):
     edit_config(saved, use_dora=False, rank_pattern={}, loftq_config={}, megatron_core="megatron.core", brand_new=None)
+    load_adapter(Model(), saved)
+
+
+def test_a_config_that_the_tensors_were_not_written_with_is_refused_whatever_it_says(saved, tmp_path_factory):
+    """A process killed between the two renames leaves new tensors beside the old config: another alpha, in silence."""
+    other = tmp_path_factory.mktemp("other")
+    save_adapter(adapted(alpha=64), other)
+    (saved / "adapter_model.safetensors").write_bytes((other / "adapter_model.safetensors").read_bytes())
+    model = Model()
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"is not the config that .* was written with.*save the adapter again"):
+        load_adapter(model, saved)
+    assert dict(model.named_modules()) == before
+
+
+def test_a_config_changed_by_hand_is_taken_after_what_the_error_says(saved):
+    path = saved / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
+    with pytest.raises(ValueError, match=r"changed by hand: .*write_adapter\(folder, json.loads\(config_text\)"):
+        load_adapter(Model(), saved)
+    write_adapter(saved, json.loads(path.read_text()), load_file(saved / "adapter_model.safetensors"), {})
+    model = Model()
+    load_adapter(model, saved)
+
+    assert model.q_proj.alpha == 8
+
+
+def test_a_config_that_says_the_same_in_other_words_is_the_same(saved):
+    path = saved / "adapter_config.json"
+    config = json.loads(path.read_text()) | {
+        "base_model_name_or_path": "renamed",
+        "use_dora": False,
+        "rank_pattern": {},
+    }
+    path.write_text(json.dumps(dict(sorted(config.items(), reverse=True)), indent=7).replace("\n", "\r\n"))
     load_adapter(Model(), saved)
 
 

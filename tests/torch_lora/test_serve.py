@@ -323,6 +323,18 @@ def test_what_cannot_be_served_is_refused_with_the_reason_when_it_is_registered(
     assert server.cache.counts.registered == 0
 
 
+def test_a_config_that_the_tensors_were_not_written_with_is_refused_when_registered_and_when_read(model, tmp_path):
+    folders = write_adapters(model, tmp_path)
+    server = server_of(model, {"r4": folders["r4"]})
+    path = folders["r4"] / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8.0', '"lora_alpha": 16.0'))
+
+    with pytest.raises(AdapterError, match="is not the config that"), server.rows(["r4"]):
+        pass
+    with pytest.raises(ValueError, match="is not the config that"):
+        server.cache.register("again", folders["r4"])
+
+
 def test_an_adapter_of_layers_that_are_not_served_is_refused_with_their_names(model, tmp_path):
     folders = write_adapters(model, tmp_path)
     server = server_of(model, folders, targets=["q_proj", "v_proj"])
