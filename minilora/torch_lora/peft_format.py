@@ -122,7 +122,7 @@ def load_adapter(
     hits no layer, and a replaced module that was tied to another.
 
     Biases and whole modules of the file take the place of the model's own, in the model's dtype; remove(model) gives
-    those back. They are frozen unless `train_replaced`.
+    those back. They are frozen unless `train_replaced`, or where they stand already and train.
 
     Raises:
         FileNotFoundError: if one of the two files is missing.

@@ -28,19 +28,26 @@ def replaced_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
 def replace_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, trainable: bool) -> None:
     """Put tensors in the place of a model's parameters and buffers, by name, in its dtypes and on its devices.
 
-    What was there is kept by its owner, frozen; a tensor that replaces one already is overwritten. Only floats train.
+    What was there is kept by its owner, frozen. Where a tensor replaces one already it gets the new numbers and stays
+    the same object, which an optimizer may hold: what trains goes on training. Only floats train.
     """
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         kept = vars(owner).setdefault(KEPT, {})
-        before = kept.setdefault(leaf, getattr(owner, leaf))
+        before = getattr(owner, leaf)
+        train = trainable and leaf in owner._parameters and before.is_floating_point()
+        if leaf in kept:
+            before.copy_(tensor)
+            before.requires_grad_(before.requires_grad or train)
+            continue
+        kept[leaf] = before
         before.requires_grad_(False)
         new = tensor.detach().to(before.device, before.dtype, copy=True)
-        train = trainable and new.is_floating_point()
         setattr(owner, leaf, nn.Parameter(new, requires_grad=train) if leaf in owner._parameters else new)
 
 

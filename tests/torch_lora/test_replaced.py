@@ -185,6 +185,20 @@ def test_loaded_biases_and_modules_train_when_asked(tmp_path):
     assert model.q_proj.base.weight.grad is None
 
 
+def test_what_an_optimizer_holds_is_loaded_in_place_and_trains_on(tmp_path):
+    saved, _ = trained(modules=["head", "norm"])
+    save_adapter(saved, tmp_path)
+    model, _ = trained(modules=["head", "norm"])
+    held = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    load_adapter(model, tmp_path)
+
+    assert_same_bits(model.head, saved.head)
+    assert_same_bits(model.norm, saved.norm)
+    assert {name: p for name, p in model.named_parameters() if p.requires_grad} == held  # by identity
+    load_adapter(model, tmp_path, train_replaced=True)
+    model(X).sum().backward()
+
+
 def test_a_module_with_children_and_buffers_is_saved_whole(tmp_path):
     model, _ = trained(biases=None, modules=[])
     model.block = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
