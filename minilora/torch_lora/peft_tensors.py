@@ -67,7 +67,7 @@ def fit_adapter(
     pairs: dict[str, dict[str, Tensor]] = {}
     rest, problems = {}, []
     for key, tensor in tensors.items():
-        name, ours, kind = _matrix_named(key)
+        name, ours, kind = matrix_named(key)
         if not name:
             rest[key] = tensor
         elif name not in kinds or issubclass(kinds[name][0], LoRAEmbedding) != (kind is LoRAEmbedding):
@@ -89,7 +89,7 @@ def fit_adapter(
     return pairs, whole
 
 
-def _matrix_named(key: str) -> tuple[str, str, type[LoRALayer]]:
+def matrix_named(key: str) -> tuple[str, str, type[LoRALayer]]:
     """Read a key of the file: the layer's name, "A", "B" or "m", and the kind; no name where it is none."""
     for kind, suffixes in ((LoRALinear, DORA_SUFFIXES), (LoRAEmbedding, EMBEDDING_SUFFIXES)):
         for ours, suffix in suffixes.items():
