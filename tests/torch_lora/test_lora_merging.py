@@ -13,8 +13,9 @@ from minilora.qlora import NF4Linear, QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, lora_layer
 from minilora.torch_lora import merging as module
 from minilora.torch_lora.adapter_layer import dense_weight
+from minilora.torch_lora.arithmetic import Distance
 from minilora.torch_lora.inject import adapter_layers
-from minilora.torch_lora.merging import MergeReport, measure, merge_model, merged_state
+from minilora.torch_lora.merging import LayerMerge, MergeReport, measure, merge_model, merged_state
 from minilora.torch_lora.replaced import replace_tensors, replaced_tensors
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -164,6 +165,12 @@ def test_it_warns_when_rounding_eats_the_adapter(std, warns):
     )
     assert report.layers["up"].is_erased == warns
     assert ("erased" in str(report)) == warns
+
+
+@pytest.mark.parametrize(("error", "is_erased"), [(0.499, False), (0.5, True), (0.7, True)])
+def test_from_half_of_the_effect_on_a_layer_is_erased(error, is_erased):
+    """Below ½ the merged weight is nearer to the adapted one than to the base's: merging's docstring has the proof."""
+    assert LayerMerge(Distance(error, 1.0), 0, 1).is_erased == is_erased
 
 
 def test_rounding_that_erases_all_changes_no_weight_and_has_the_error_1():

@@ -147,6 +147,16 @@ def test_remove_while_merged_gives_the_base_back():
     assert_same_bits(model, before)
 
 
+def test_a_model_that_was_cast_gets_its_own_tensors_back_in_the_new_dtype():
+    model, before = trained(modules=["head", "norm"])
+    remove(model.bfloat16())
+
+    assert_same_bits(model, before.bfloat16())
+    assert model.head.weight.dtype == model.norm.running_mean.dtype == torch.bfloat16
+    assert isinstance(model.head.weight, nn.Parameter)
+    assert not isinstance(model.norm.running_mean, nn.Parameter)
+
+
 def test_a_copied_model_gives_back_its_own():
     model, before = trained()
     twin = copy.deepcopy(model)

@@ -495,6 +495,16 @@ def test_every_layer_has_its_adapters_in_the_dtype_of_its_own_weight(model, tmp_
     assert dtypes == {name: {torch.bfloat16 if name in in_16_bits else torch.float32} for name in dtypes}
 
 
+def test_the_scaling_is_in_a_before_it_is_rounded_to_16_bits(model, tmp_path):
+    folders = write_adapters(model, tmp_path)
+    A = load_file(folders["rslora"] / "adapter_model.safetensors")["base_model.model.layers.0.o_proj.lora_A.weight"]
+
+    with server_of(model.bfloat16(), folders).rows(["rslora"]) as batch:
+        served, _ = batch.adapters[0].pairs["layers.0.o_proj"]
+    assert torch.equal(served, (7 / 4**0.5 * A).bfloat16())
+    assert not torch.equal(served, (7 / 4**0.5 * A.bfloat16()))  # rounded twice, which would be another
+
+
 def test_under_autocast_a_row_gets_its_adapter_in_the_dtype_of_the_products(model, tmp_path):
     """As in test_in_bfloat16…: x, W, A and B are rounded once each, u and y once or twice: 8 units hold them."""
     folders = write_adapters(model, tmp_path)
