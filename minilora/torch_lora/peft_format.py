@@ -142,8 +142,8 @@ def load_adapter(
         refuse_to_train_without_floats(model, list(in_model(model, whole)))
     _warn_of_idle_patterns(config, settings)
     _warn_of_another_base(metadata.get("base_sha256"), base_sha256)
-    trained_over = metadata.get(BASE_FORM, "")
-    warn_of_untying(model, in_model(model, whole).keys() - replaced_tensors(model).keys())
+    there, trained_over = replaced_tensors(model), metadata.get(BASE_FORM, "")
+    warn_of_untying(model, {name: t for name, t in in_model(model, whole).items() if name not in there})
     if not adapter_layers(model):
         _inject_by_name(model, config, sorted(pairs), wrap, set(whole) if train_replaced else set())
     layers = lora_like(adapter_layers(model))

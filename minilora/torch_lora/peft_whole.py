@@ -90,7 +90,9 @@ def whole_to_write(model: nn.Module) -> tuple[dict[str, Tensor], str, list[str]]
             f"{len(biases)} biases were replaced, neither all {every} nor the {adapted} of adapted layers: "
             "PEFT's config has no word for that; call train_biases when every adapter is in place"
         )
-    return {_peft_key(name, layers): tensor for name, tensor in replaced.items()}, bias, modules
+    # copies: a tied bias is written under each of its names, and safetensors takes no memory that is shared
+    written = {name: tensor.clone() if name.endswith("bias") else tensor for name, tensor in replaced.items()}
+    return {_peft_key(name, layers): tensor for name, tensor in written.items()}, bias, modules
 
 
 def _without_adapter(name: str, layers: Iterable[str]) -> str:
