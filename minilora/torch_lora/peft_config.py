@@ -68,15 +68,18 @@ class AdapterConfig:
     use_dora: bool = False  # each layer has a magnitude m as well: methods/dora
     modules_to_save: tuple[str, ...] = ()
     sha256: str = ""  # see config_sha256
+    _settings: dict[str, LoRAConfig] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def settings_of(self, name: str) -> LoRAConfig:
-        """The settings of one layer, by its name in the base model."""
-        return LoRAConfig(
-            r=resolve(self.rank_pattern, name, self.default.r),
-            alpha=resolve(self.alpha_pattern, name, self.default.alpha),
-            dropout=self.default.dropout,
-            use_rslora=self.default.use_rslora,
-        )
+        """The settings of one layer, by its name in the base model; kept, as each name is asked for several times."""
+        if name not in self._settings:
+            self._settings[name] = LoRAConfig(
+                r=resolve(self.rank_pattern, name, self.default.r),
+                alpha=resolve(self.alpha_pattern, name, self.default.alpha),
+                dropout=self.default.dropout,
+                use_rslora=self.default.use_rslora,
+            )
+        return self._settings[name]
 
     def idle_patterns(self, names: Mapping[str, Any]) -> list[str]:
         """The patterns that hit none of these layers, as they stand in the file."""

@@ -299,7 +299,7 @@ def _warn_of_idle_patterns(config: AdapterConfig, settings: Mapping[str, LoRACon
 def _warn_of_another_base(theirs: str | None, ours: str | None) -> None:
     if theirs and ours and theirs != ours:
         warnings.warn(
-            f"this adapter was trained on a base with SHA-256 {theirs[:12]}…, this base has {ours[:12]}…: "
+            f"this adapter was trained on a base with SHA-256 {ascii(theirs)[1:13]}…, this base has {ours[:12]}…: "
             "it fits in shape, but what it learned is the difference to another model",
             stacklevel=3,
         )

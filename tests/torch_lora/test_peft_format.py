@@ -393,6 +393,26 @@ def test_names_that_look_like_paths_or_patterns_are_only_names(saved):
         load_adapter(Model(), saved)
 
 
+def test_a_name_that_would_write_to_the_terminal_is_not_printed_as_it_is(saved):
+    edit_tensors(
+        saved, lambda tensors: tensors.update({"base_model.model.\x1b[2Jq_proj.lora_A.weight": torch.zeros(2, 8)})
+    )
+    with pytest.raises(ValueError, match=r"names a tensor 'base_model.model.\\x1b\[2J.*'") as caught:
+        load_adapter(Model(), saved)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_patterns_are_compared_with_each_layer_once(saved, monkeypatch):
+    """There may be ten thousand of them."""
+    asked = []
+    monkeypatch.setattr(
+        "minilora.torch_lora.peft_config.resolve", lambda patterns, name, default: asked.append(name) or default
+    )
+    load_adapter(Model(), saved)
+
+    assert sorted(asked) == ["q_proj", "q_proj", "v_proj", "v_proj"]  # for r and for alpha
+
+
 # --- what cannot be saved
 
 
