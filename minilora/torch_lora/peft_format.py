@@ -100,7 +100,7 @@ def write_adapter(
         raise ValueError(f"{len(broken)} tensors of this adapter hold NaN or infinite values, the first is {broken[0]}")
     stored = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     folder, config_json = Path(folder), json.dumps(config, indent=2, sort_keys=True) + "\n"
-    about = {"format": "pt", CONFIG_SHA256: config_sha256(config)} | dict(metadata)
+    about = {"format": "pt"} | dict(metadata) | {CONFIG_SHA256: config_sha256(config)}
     tensor_file = with_sorted_metadata(save(stored, about))
     files = {TENSOR_FILE: tensor_file, CONFIG_FILE: config_json.encode()}
     write_whole({folder / name: content for name, content in files.items()})
@@ -193,7 +193,7 @@ def refuse_another_config(folder: Path, config: AdapterConfig, metadata: Mapping
         raise ValueError(
             f"{folder / CONFIG_FILE} is not the config that {TENSOR_FILE} was written with. If writing was cut off "
             "between the two, save the adapter again. If the config was changed by hand: what you mean is written with "
-            "peft_format.write_adapter(folder, json.loads(config_text), safetensors.torch.load_file(tensor_file), {})"
+            "peft_format.write_adapter(folder, json.loads(config_text), *peft_tensors.read_tensors(tensor_file))"
         )
 
 
@@ -308,7 +308,7 @@ def _warn_of_another_base(theirs: str | None, ours: str | None) -> None:
 def _warn_of_another_form(theirs: str, ours: str) -> None:
     if theirs and theirs != ours:
         warnings.warn(
-            f"this adapter was trained over a base stored as {theirs}, here it is over {ours or 'floats'}: it answers "
+            f"this adapter was trained over a base stored as {ascii(theirs)[1:-1]}, here it is over {ours or 'floats'}: it answers "
             "worse there than it was trained to; wrap=QLoRALinear puts a linear layer into 4 bits",
             stacklevel=3,
         )

@@ -16,6 +16,7 @@ from minilora.qlora import QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, load_adapter, remove, save_adapter
 from minilora.torch_lora.peft_config import config_sha256
 from minilora.torch_lora.peft_format import write_adapter
+from minilora.torch_lora.peft_tensors import read_tensors
 
 
 class Model(nn.Module):
@@ -358,11 +359,13 @@ def test_a_config_changed_by_hand_is_taken_after_what_the_error_says(saved):
     path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
     with pytest.raises(ValueError, match=r"changed by hand: .*write_adapter\(folder, json.loads\(config_text\)"):
         load_adapter(Model(), saved)
-    write_adapter(saved, json.loads(path.read_text()), load_file(saved / "adapter_model.safetensors"), {})
+    tensors, metadata = read_tensors(saved / "adapter_model.safetensors")
+    write_adapter(saved, json.loads(path.read_text()), tensors, metadata | {"base_sha256": "1" * 64})
     model = Model()
     load_adapter(model, saved)
 
     assert model.q_proj.alpha == 8
+    assert read_tensors(saved / "adapter_model.safetensors")[1]["base_sha256"] == "1" * 64  # the rest is kept
 
 
 def test_a_config_that_says_the_same_in_other_words_is_the_same(saved):
