@@ -308,8 +308,8 @@ def _warn_of_another_base(theirs: str | None, ours: str | None) -> None:
 def _warn_of_another_form(theirs: str, ours: str) -> None:
     if theirs and theirs != ours:
         warnings.warn(
-            f"this adapter was trained over a base stored as {ascii(theirs)[1:-1]}, here it is over {ours or 'floats'}: "
-            "it answers worse there than it was trained to; wrap=QLoRALinear puts a linear layer into 4 bits",
+            f"this adapter was trained over a base stored as {ascii(theirs)[1:-1]}, here over {ours or 'floats'}: it "
+            "answers worse there than it was trained to; wrap=QLoRALinear puts a linear layer into 4 bits",
             stacklevel=3,
         )
 
