@@ -14,7 +14,6 @@ blockwise.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +32,7 @@ NUMBERS = ("quant_type", "blocksize", "dtype", "shape")
 NESTED_NUMBERS = ("nested_blocksize", "nested_dtype", "nested_offset")
 PARTS, NESTED_PARTS = (".absmax", ".quant_map"), (".nested_absmax", ".nested_quant_map")
 STATE_LIMIT_BYTES = 10_000
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _wrong_numbers(name: str, numbers: Mapping[str, Any], kind: str, *, is_neste
         "shape": (isinstance(shape, list) and len(shape) == 2 and all(map(_is_count, shape)), "[out, in]"),
         "nested_blocksize": (_is_count(numbers.get("nested_blocksize", 256)), "a count of weights"),
         "nested_dtype": (numbers.get("nested_dtype", "float32") == "float32", "'float32'"),
-        "nested_offset": (_is_finite(numbers.get("nested_offset", 0.0)), "a finite number"),
+        "nested_offset": (_is_float32(numbers.get("nested_offset", 0.0)), "a float32"),
     }
     return problems + [
         f"{name}: its quant_state has {key} = {numbers[key]!r}, {needed} is needed"
@@ -178,13 +178,13 @@ def _assembled(name: str, parts: Mapping[str, Tensor], numbers: Mapping[str, Any
     nested = NestedAbsmax(absmax, units, offset)
     if numbers["nested_blocksize"] == NESTED_BLOCK_SIZE and torch.equal(values, dynamic_map(values.device)):
         return _checked(name, Quantized(packed, nested, codebook, block_size, shape), numbers)
-    spread = units.repeat_interleave(numbers["nested_blocksize"])[: absmax.numel()]
-    if spread.numel() != absmax.numel() or units.numel() != -(-absmax.numel() // numbers["nested_blocksize"]):
+    if units.numel() != -(-absmax.numel() // numbers["nested_blocksize"]):
         raise ValueError(
             f"{name}: {units.numel()} units of units for {absmax.numel()} units, in nested blocks of "
             f"{numbers['nested_blocksize']}"
         )
-    unnested = values[absmax.int()] * spread + offset
+    nested_block = torch.arange(absmax.numel(), device=units.device) // numbers["nested_blocksize"]
+    unnested = values[absmax.int()] * units[nested_block] + offset
     return _checked(name, Quantized(packed, unnested, codebook, block_size, shape), numbers)
 
 
@@ -209,5 +209,5 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+def _is_float32(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minilora.qlora import fast
 from minilora.qlora.blockwise import NestedAbsmax, Quantized, check_complete
 from minilora.qlora.codebooks import FP4, INT4, NF4, Codebook
-from minilora.torch_lora.adapter_layer import AdapterLayer
+from minilora.torch_lora.adapter_layer import AdapterLayer, refuse_codes
 from minilora.torch_lora.layers import LoRALinear
 
 DEFAULT_FORM = "nf4, block_size=64, double"
@@ -38,7 +38,7 @@ class NF4Linear(nn.Module):
     Units are stored as their bits (int32), so that model.bfloat16() does not round them.
 
     Raises:
-        TypeError: if `linear` is not an nn.Linear.
+        TypeError: if `linear` is not an nn.Linear, or has the codes of another quantizer in its weight.
         ValueError: if its weight is empty or holds a NaN or an infinity, or the block size is impossible.
 
     >>> layer = NF4Linear(nn.Linear(64, 32))
@@ -60,6 +60,7 @@ class NF4Linear(nn.Module):
             wrapped = isinstance(linear, AdapterLayer)
             hint = "take its adapter off first" if wrapped else "only the weight of an nn.Linear is quantized"
             raise TypeError(f"NF4Linear is made from an nn.Linear; this is a {type(linear).__name__}: {hint}")
+        refuse_codes(linear)
         self._hold(fast.quantize(linear.weight, codebook, block_size, double=double))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 

@@ -11,19 +11,30 @@ Read before this file: layers.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 TOLD = ("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_meta")  # attributes that no number is needed for
+# What shares memory with the tensor that it is of: to write into it is to write into that.
+VIEWS = (
+    "H", "T", "__getitem__", "chunk", "data", "detach", "diagonal", "expand", "flatten", "mH", "mT", "movedim",
+    "narrow", "permute", "reshape", "select", "split", "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten",
+    "unsqueeze", "view", "view_as",
+)  # fmt: skip
+WRITE = (
+    "__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
+    "__ipow__", "__iand__", "__ior__", "__ixor__",
+)  # fmt: skip
 
 
 class AdaptedWeight(Tensor):
     """A weight that is formed, with gradients to A and B, by every function that computes with it.
 
-    It has no memory of its own, so it cannot be written into: that raises a RuntimeError.
+    It has no memory of its own, and neither have its views and its `data`: to write into one raises a RuntimeError.
     """
 
     form: Callable[[], Tensor]
@@ -31,21 +42,42 @@ class AdaptedWeight(Tensor):
     @staticmethod
     def of(like: Tensor, shape: torch.Size, form: Callable[[], Tensor]) -> "AdaptedWeight":
         """A weight of `shape` that says it has the dtype and device of `like`, and is what `form` returns."""
-        weight = like.detach().new_empty(()).expand(shape).as_subclass(AdaptedWeight)
-        weight.form = form
-        return weight
+        return _formed_by(like.detach().new_empty(()).expand(shape), form)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(getattr(func, "__self__", None), "__name__", "") in TOLD:
+        kwargs = kwargs or {}
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")  # of which func is __get__ or __set__
+        name = func.__name__ if func.__name__ != "__get__" else attribute
+        if name in TOLD:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        name = func.__name__
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-            raise RuntimeError(
-                f"{name} cannot write into an adapted weight, W + scaling · B A: write into layer.base.weight"
-            )
-        args, kwargs = tree_map_only(cls, lambda weight: weight.form(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+                return func(*args, **kwargs)
+        _refuse_to_write(name, args, kwargs)
+
+        def formed() -> Any:
+            return func(*tree_map_only(cls, lambda w: w.form(), args), **tree_map_only(cls, lambda w: w.form(), kwargs))
+
+        if name not in VIEWS:
+            return formed()
+        with torch._C.DisableTorchFunctionSubclass():
+            views = func(*args, **kwargs)  # of no numbers: they tell their shapes
+        if isinstance(views, Tensor):
+            return _formed_by(views, formed)
+        return tuple(_formed_by(view, partial(lambda i: formed()[i], i)) for i, view in enumerate(views))
+
+
+def _formed_by(empty: Tensor, form: Callable[[], Tensor]) -> AdaptedWeight:
+    weight = empty.as_subclass(AdaptedWeight)
+    weight.form = form
+    return weight
+
+
+def _refuse_to_write(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    in_place = name in WRITE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace")
+    written = tree_leaves([args[:1] if in_place else (), kwargs.get("out")])
+    if any(isinstance(leaf, AdaptedWeight) for leaf in written):
+        raise RuntimeError(
+            f"{name} cannot write into an adapted weight, W + scaling · B A: write into layer.base.weight"
+        )

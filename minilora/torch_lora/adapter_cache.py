@@ -21,6 +21,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+NEAR_LIMIT = 1000  # of more names than these none is compared: 10,000 take a second
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
@@ -53,6 +55,11 @@ class AdapterError(ValueError):
         self.failures = dict(failures)
         reasons = [f"{name!r}: {error}" for name, error in self.failures.items()]
         super().__init__("; ".join(reasons))
+
+
+class _Unknown(Exception):
+    def __init__(self, names: Sequence[str], known: Sequence[str]):
+        self.names, self.known = names, known
 
 
 @dataclass(eq=False)
@@ -123,7 +130,7 @@ class AdapterCache:
         Raises:
             AdapterError: if there is none of that name.
         """
-        with self._changed:
+        with self._names_known():
             self._refuse_unknown([name])
             self._retire(self._entries.pop(name))
 
@@ -163,7 +170,7 @@ class AdapterCache:
 
     def _lend(self, names: Collection[str]) -> _Loan:
         """Reserve the memory of all these adapters, and mark them as borrowed: all or, while there is no room, none."""
-        with self._changed:
+        with self._names_known():
             while True:
                 self._refuse_unknown(names)
                 entries = {name: self._entries[name] for name in names}
@@ -228,7 +235,6 @@ class AdapterCache:
     def _fail(self, entry: _Entry, future: Future[Adapter], error: Exception) -> None:
         with self._changed:
             self._drop(entry)
-            self._changed.notify_all()
         future.set_exception(error)
 
     def _give_back(self, loan: _Loan) -> None:
@@ -253,12 +259,21 @@ class AdapterCache:
         self._resident_bytes -= entry.size_bytes
         entry.loaded = None
 
+    @contextmanager
+    def _names_known(self) -> Iterator[None]:
+        """Hold the lock. What is near an unknown name is looked for afterwards: it takes longer than all else here."""
+        try:
+            with self._changed:
+                yield
+        except _Unknown as error:
+            raise AdapterError({name: LookupError(_hint(name, error.known)) for name in error.names}) from None
+
     def _refuse_unknown(self, names: Collection[str]) -> None:
         unknown = [name for name in names if name not in self._entries]
         if unknown:
-            raise AdapterError({name: KeyError(_hint(name, list(self._entries))) for name in unknown})
+            raise _Unknown(unknown, list(self._entries))
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
+    near = difflib.get_close_matches(name, known, n=3) if len(known) <= NEAR_LIMIT else []
     return f"no adapter of that name is registered ({len(known)} are){f'; near it: {near}' if near else ''}"

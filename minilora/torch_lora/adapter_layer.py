@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from minilora.torch_lora.replaced import KEPT
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a float8 is a code: its scale lies elsewhere
+
 
 @runtime_checkable
 class StoresNoFloats(Protocol):
@@ -33,10 +35,33 @@ class StoresNoFloats(Protocol):
 
 
 def dense_weight(base: Any, dtype: torch.dtype) -> Float[Tensor, "..."]:
-    """Give a base layer's weight as floats, however it is stored."""
+    """Give a base layer's weight as floats, however it is stored.
+
+    Raises:
+        TypeError: as refuse_codes.
+    """
     if isinstance(base, StoresNoFloats):
         return base.dense_weight(dtype)
+    refuse_codes(base)
     return base.weight.detach().to(dtype)
+
+
+def refuse_codes(base: Any) -> None:
+    """Refuse a layer that has another quantizer's codes in its `weight`: a sum with them means nothing.
+
+    bitsandbytes' Linear8bitLt and Linear4bit and the FP8 layers of transformers are such: all of them are nn.Linear.
+
+    Raises:
+        TypeError: if the weight is not of ordinary floats, or in another shape than (out, in).
+    """
+    weight = base.weight
+    is_packed = isinstance(base, nn.Linear) and weight.shape != (base.out_features, base.in_features)
+    if weight.dtype not in FLOATS or is_packed:
+        raise TypeError(
+            f"{type(base).__name__} has codes in its weight ({weight.dtype}, {tuple(weight.shape)}), not the floats "
+            "that an adapter adds to: load the base in bfloat16, and take QLoRALinear for 4 bits; a folder of "
+            "bitsandbytes' 4 bits is read by minilora.train.bnb_folder.load_4_bit"
+        )
 
 
 class AdapterLayer(nn.Module):

@@ -9,6 +9,10 @@
     loralib               y + (alpha / r) · ((x Aᵀ) Bᵀ)          the same
     LLMs-from-scratch     y + (alpha / r) · (x A B)              A ← Aᵀ, B ← Bᵀ
 
+loralib stores the update of a convolution in two matrices as well, (r · kernel, in · kernel) and (out · kernel,
+r · kernel): no shape tells it from a linear layer's. It is told by a name with "conv" at its end, and refused; under
+another name load_adapter refuses it, because a convolution is no layer that LoRA wraps here.
+
 mlx-lm's config is called adapter_config.json too and has other keys. Only safetensors are opened. Layers keep the names
 that they have in the file. Read before this file: peft_format.
 """
@@ -109,6 +113,8 @@ def _pairs(path: Path, layout: Layout, tensors: dict[str, Tensor]) -> dict[str, 
     for name in names:
         A, B = (tensors.get(name + suffix) for suffix in layout.suffixes)
         problem = _pair_problem(layout, A, B) if name else "it has no name"
+        if layout is LORALIB and "conv" in name.rpartition(".")[2].lower():
+            problem = "a convolution by its name: what loralib has there is no update of a linear layer; leave it out"
         if layout is MLX and _is_embedding(name):
             problem = "an adapted embedding, which mlx-lm adds to a tied output head as well: PEFT's file cannot say so"
         if problem or A is None or B is None:

@@ -204,7 +204,7 @@ def refuse_to_train_without_floats(model: nn.Module, names: Sequence[str]) -> No
 def _train_whole(model: nn.Module, names: list[str]) -> None:
     there, state = replaced_tensors(model), model.state_dict(keep_vars=True)
     new = {name: state[name] for name in names if name not in there}
-    warn_of_untying(model, set(new))
+    warn_of_untying(model, new)
     replace_tensors(model, new, trainable=True)
     for name in there.keys() & set(names):
         there[name].requires_grad_(there[name].is_floating_point())

@@ -21,7 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from minilora.cpu import Linear
 from minilora.torch_lora.adapted_weight import AdaptedWeight
-from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats
+from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats, refuse_codes
 from minilora.torch_lora.autograd import lora_linear
 from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.replaced import freeze
@@ -221,7 +221,7 @@ def refuse_unfit(base: nn.Module, layer: type[LoRALayer]) -> None:
 
     Raises:
         ValueError: if the base is an adapter layer already.
-        TypeError: if it is of another kind.
+        TypeError: if it is of another kind, or has the codes of another quantizer in its weight.
     """
     if isinstance(base, AdapterLayer):
         raise ValueError(
@@ -232,6 +232,8 @@ def refuse_unfit(base: nn.Module, layer: type[LoRALayer]) -> None:
         other = kind_of(base)
         way_out = f": use {other.__name__}" if other else ", which none of the LoRA layers wraps"
         raise TypeError(f"{layer.__name__} wraps {layer.wraps}; this is a {type(base).__name__}{way_out}")
+    if not isinstance(base, StoresNoFloats):
+        refuse_codes(base)
 
 
 def bypass(

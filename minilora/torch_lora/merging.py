@@ -19,12 +19,13 @@ Layers are folded one after the other, and only one at a time has a second copy.
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats, dense_weight
+from minilora.torch_lora.adapter_layer import FLOATS, AdapterLayer, StoresNoFloats, dense_weight
 from minilora.torch_lora.arithmetic import Distance, overall
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.replaced import keep_for_good
@@ -79,23 +80,24 @@ def merge_model(model: nn.Module, dtype: torch.dtype | None = None) -> MergeRepo
 
         W′ = round(W + ΔW)
 
-    With a dtype all parameters of the model are in it afterwards; without one each layer keeps its base's, and a base
-    that stores no floats becomes an nn.Linear of float32. A layer in two places stays one. A weight that two modules
-    share (an embedding and its head) is shared no more where one of them had an adapter.
+    With a dtype all parameters of 16 bits or more are in it afterwards; without one each layer keeps its base's, and a
+    base that stores no floats becomes an nn.Linear of float32. A layer in two places stays one. A weight that two
+    modules share (an embedding and its head) is shared no more where one of them had an adapter.
 
     Warns:
         UserWarning: if the rounding of any layer is half of its update, or more.
 
     Raises:
-        ValueError: if the model has no adapter, the dtype has no floats, or a weight would not be finite in it (all
-            of them at once); the model is as before.
+        ValueError: if the model has no adapter, the dtype has no floats, or a parameter would not be finite in it,
+            also one that no adapter touches (all of them at once); the model is as before.
     """
     stored_as = "each base's dtype" if dtype is None else str(dtype).removeprefix("torch.")
     report = MergeReport(stored_as, fold_layers(model, dtype))
     keep_for_good(model)
     if dtype is not None:
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+            if parameter.dtype in FLOATS:
+                parameter.data = parameter.data.to(dtype)
     warn_if_erased(report)
     return report
 
@@ -109,7 +111,7 @@ def fold_layers(model: nn.Module, dtype: torch.dtype | None, store: Store | None
         ValueError: as merge_model.
     """
     layers = adapter_layers(model)
-    _refuse_unmergeable(layers, dtype)
+    _refuse_unmergeable(model, layers, dtype)
     merges = {}
     for name, layer in layers.items():
         folded, merges[name] = _fold(layer, dtype, store)
@@ -129,24 +131,19 @@ def merged_state(model: nn.Module, dtype: torch.dtype, report: MergeReport) -> I
     Raises:
         ValueError: as merge_model, before the first parameter.
     """
-    layers = adapter_layers(model)
-    _refuse_unmergeable(layers, dtype)
-    inside = tuple(f"{name}." for name in layers)
+    _refuse_unmergeable(model, adapter_layers(model), dtype)
     seen: set[int] = set()
-    for name, module in model.named_modules():
-        if name.startswith(inside):
-            continue
-        own = module.base if isinstance(module, AdapterLayer) else module
+    for name, module, others in _modules_and_their_own(model):
         if isinstance(module, AdapterLayer):
             weight, report.layers[name] = merged_weight(module, dtype)
             yield f"{name}.weight", weight
             del weight  # before the next one is made
         elif isinstance(module, StoresNoFloats):
             yield f"{name}.weight", dense_weight(module, dtype)
-        for leaf, parameter in own.named_parameters(recurse=False):
-            if id(parameter) not in seen and not (own is not module and leaf == "weight"):
+        for parameter_name, parameter in others.items():
+            if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield f"{name}.{leaf}" if name else leaf, parameter.detach().to(dtype)
+                yield parameter_name, parameter.detach().to(dtype if parameter.dtype in FLOATS else parameter.dtype)
 
 
 def warn_if_erased(report: MergeReport) -> None:
@@ -219,7 +216,18 @@ def _sums(W: Tensor, delta: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, W[rows].double() + delta[rows].double()
 
 
-def _refuse_unmergeable(layers: dict[str, AdapterLayer], dtype: torch.dtype | None) -> None:
+def _modules_and_their_own(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
+    """Every module but those inside adapter layers, with the parameters that no adapter changes, by full names."""
+    inside = tuple(f"{name}." for name in adapter_layers(model))
+    for name, module in model.named_modules():
+        if not name.startswith(inside):
+            is_adapted = isinstance(module, AdapterLayer)
+            own: Any = module.base if is_adapted else module
+            named = own.named_parameters(prefix=name, recurse=False)
+            yield name, module, {full: p for full, p in named if not (is_adapted and full == f"{name}.weight")}
+
+
+def _refuse_unmergeable(model: nn.Module, layers: dict[str, AdapterLayer], dtype: torch.dtype | None) -> None:
     if not layers:
         raise ValueError("this model has no adapter to merge: load_adapter(model, folder) gives it one")
     if "" in layers:
@@ -231,8 +239,22 @@ def _refuse_unmergeable(layers: dict[str, AdapterLayer], dtype: torch.dtype | No
         W, delta = own_weight(layer), layer.delta_weight().detach()
         if not all(wanted.to(dtype or W.dtype).isfinite().all() for _, wanted in _sums(W, delta)):
             broken.append(f"{name}: weight plus update is not finite as {dtype or W.dtype}")
+    broken += [] if dtype is None else _not_finite_beside(model, dtype)
     if broken:
         raise ValueError("this adapter cannot be merged:\n  " + "\n  ".join(broken))
+
+
+def _not_finite_beside(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """What no adapter changes, and is not finite in the dtype: outliers of bfloat16 leave float16's range."""
+    broken = []
+    for name, module, others in _modules_and_their_own(model):
+        if isinstance(module, StoresNoFloats):
+            others = {f"{name}.weight": dense_weight(module, dtype)} | others
+        for parameter_name, parameter in others.items():
+            pieces = parameter.detach().reshape(-1).split(CHUNK)
+            if not all(piece.to(dtype).isfinite().all() for piece in pieces if piece.dtype in FLOATS):
+                broken.append(f"{parameter_name}: not finite as {dtype}")
+    return broken
 
 
 def _row(name: str, width: int, off: Distance, share: float) -> str:

@@ -10,6 +10,7 @@ A key that changes what the adapter computes, in a way that is not read here, is
 Read before this file: config, peft_patterns.
 """
 
+import hashlib
 import json
 import reprlib
 from collections.abc import Mapping
@@ -66,15 +67,19 @@ class AdapterConfig:
     bias: str = "none"
     use_dora: bool = False  # each layer has a magnitude m as well: methods/dora
     modules_to_save: tuple[str, ...] = ()
+    sha256: str = ""  # see config_sha256
+    _settings: dict[str, LoRAConfig] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def settings_of(self, name: str) -> LoRAConfig:
-        """The settings of one layer, by its name in the base model."""
-        return LoRAConfig(
-            r=resolve(self.rank_pattern, name, self.default.r),
-            alpha=resolve(self.alpha_pattern, name, self.default.alpha),
-            dropout=self.default.dropout,
-            use_rslora=self.default.use_rslora,
-        )
+        """The settings of one layer, by its name in the base model; kept, as each name is asked for several times."""
+        if name not in self._settings:
+            self._settings[name] = LoRAConfig(
+                r=resolve(self.rank_pattern, name, self.default.r),
+                alpha=resolve(self.alpha_pattern, name, self.default.alpha),
+                dropout=self.default.dropout,
+                use_rslora=self.default.use_rslora,
+            )
+        return self._settings[name]
 
     def idle_patterns(self, names: Mapping[str, Any]) -> list[str]:
         """The patterns that hit none of these layers, as they stand in the file."""
@@ -106,7 +111,17 @@ def read_config(path: Path) -> AdapterConfig:
         bias=config.get("bias", "none"),
         use_dora=bool(config.get("use_dora")),
         modules_to_save=tuple(config.get("modules_to_save") or ()),
+        sha256=config_sha256(config),
     )
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """A hash of what a config says in the keys that are read: the tensors' file names by it the one it is written with.
+
+    The rest may change: a base is renamed, or a tool writes the same in other words, with keys that are empty.
+    """
+    read = {key: value for key, value in config.items() if key in READ and value}
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
 def config_of(layers: Mapping[str, Any], targets: list[str]) -> dict[str, object]:

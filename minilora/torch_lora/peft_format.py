@@ -31,13 +31,14 @@ from minilora.torch_lora.inject import (
     refuse_to_train_without_floats,
 )
 from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, kind_of
-from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, config_of, read_config
+from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, config_of, config_sha256, read_config
 from minilora.torch_lora.peft_tensors import fit_adapter, matrices_by_key, read_tensors
 from minilora.torch_lora.peft_whole import in_model, whole_to_write
 from minilora.torch_lora.replaced import all_finite, replace_tensors, replaced_tensors, warn_of_untying
 
 TENSOR_FILE = "adapter_model.safetensors"
 BASE_FORM = "base_stored_as"  # in its metadata, where the base does not store floats
+CONFIG_SHA256 = "config_sha256"  # in the metadata of the tensors that are written here
 
 
 def lora_layer(
@@ -97,6 +98,9 @@ def write_adapter(
 ) -> None:
     """Write the two files of an adapter, both or none, by names and keys that are PEFT's already.
 
+    They are renamed one after the other: should the process be killed in between, the tensors name a config that is not
+    there, and load_adapter refuses them.
+
     Raises:
         ValueError: if a tensor holds a NaN or an infinity.
     """
@@ -105,7 +109,8 @@ def write_adapter(
         raise ValueError(f"{len(broken)} tensors of this adapter hold NaN or infinite values, the first is {broken[0]}")
     stored = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     folder, config_json = Path(folder), json.dumps(config, indent=2, sort_keys=True) + "\n"
-    tensor_file = with_sorted_metadata(save(stored, {"format": "pt"} | dict(metadata)))
+    about = {"format": "pt"} | dict(metadata) | {CONFIG_SHA256: config_sha256(config)}
+    tensor_file = with_sorted_metadata(save(stored, about))
     files = {TENSOR_FILE: tensor_file, CONFIG_FILE: config_json.encode()}
     write_whole({folder / name: content for name, content in files.items()})
 
@@ -126,16 +131,17 @@ def load_adapter(
     hits no layer, and a replaced module that was tied to another.
 
     Biases and whole modules of the file take the place of the model's own, in the model's dtype; remove(model) gives
-    those back. They are frozen unless `train_replaced`.
+    those back. They are frozen unless `train_replaced`, or where they stand already and train.
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
-        ValueError: if a file is damaged, the config asks for something that is not plain LoRA (with the reason), or
-            tensors do not fit the model (all mismatches at once).
+        ValueError: if a file is damaged, the config asks for something that is not plain LoRA (with the reason), is
+            not the one that the tensors were written with, or they do not fit the model (all mismatches at once).
     """
     folder = Path(folder)
     config = read_config(folder / CONFIG_FILE)
     tensors, metadata = read_tensors(folder / TENSOR_FILE)
+    refuse_another_config(folder, config, metadata)
     pairs, whole = fit_adapter(model, tensors, config)
     settings = {name: config.settings_of(name) for name in pairs}
     _refuse_another_method(adapter_layers(model), config)
@@ -145,8 +151,8 @@ def load_adapter(
         refuse_to_train_without_floats(model, list(in_model(model, whole)))
     _warn_of_idle_patterns(config, settings)
     _warn_of_another_base(metadata.get("base_sha256"), base_sha256)
-    trained_over = metadata.get(BASE_FORM, "")
-    warn_of_untying(model, in_model(model, whole).keys() - replaced_tensors(model).keys())
+    there, trained_over = replaced_tensors(model), metadata.get(BASE_FORM, "")
+    warn_of_untying(model, {name: t for name, t in in_model(model, whole).items() if name not in there})
     if not adapter_layers(model):
         _inject_by_name(model, config, sorted(pairs), wrap, set(whole) if train_replaced else set())
     layers = lora_like(adapter_layers(model))
@@ -181,6 +187,23 @@ def form_of_bases(layers: Mapping[str, LoRALayer]) -> str:
 def stored_as(base: StoresNoFloats) -> str:
     """The base's own words for how it is stored, or its kind."""
     return getattr(base, "stored_as", type(base).__name__)
+
+
+def refuse_another_config(folder: Path, config: AdapterConfig, metadata: Mapping[str, str]) -> None:
+    """Refuse tensors that were written with other settings than those in the config beside them.
+
+    An error and no warning: with another alpha an adapter loads, and answers wrongly. Files of others, which name no
+    config, are taken as they are.
+
+    Raises:
+        ValueError: if it is so; it says what to do where the config was changed on purpose.
+    """
+    if metadata.get(CONFIG_SHA256, config.sha256) != config.sha256:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} is not the config that {TENSOR_FILE} was written with. If writing was cut off "
+            "between the two, save the adapter again. If the config was changed by hand: what you mean is written with "
+            "peft_format.write_adapter(folder, json.loads(config_text), *peft_tensors.read_tensors(tensor_file))"
+        )
 
 
 def _shortest_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
@@ -285,7 +308,7 @@ def _warn_of_idle_patterns(config: AdapterConfig, settings: Mapping[str, LoRACon
 def _warn_of_another_base(theirs: str | None, ours: str | None) -> None:
     if theirs and ours and theirs != ours:
         warnings.warn(
-            f"this adapter was trained on a base with SHA-256 {theirs[:12]}…, this base has {ours[:12]}…: "
+            f"this adapter was trained on a base with SHA-256 {ascii(theirs)[1:13]}…, this base has {ours[:12]}…: "
             "it fits in shape, but what it learned is the difference to another model",
             stacklevel=3,
         )
@@ -294,8 +317,8 @@ def _warn_of_another_base(theirs: str | None, ours: str | None) -> None:
 def _warn_of_another_form(theirs: str, ours: str) -> None:
     if theirs and theirs != ours:
         warnings.warn(
-            f"this adapter was trained over a base stored as {theirs}, here it is over {ours or 'floats'}: it answers "
-            "worse there than it was trained to; wrap=QLoRALinear puts a linear layer into 4 bits",
+            f"this adapter was trained over a base stored as {ascii(theirs)[1:-1]}, here over {ours or 'floats'}: it "
+            "answers worse there than it was trained to; wrap=QLoRALinear puts a linear layer into 4 bits",
             stacklevel=3,
         )
 

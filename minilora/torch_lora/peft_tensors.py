@@ -40,7 +40,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is damaged or cut short.
+        ValueError: if it is damaged or cut short, or names a tensor with characters that no terminal should be sent.
     """
     if not path.is_file():
         pickled = path.with_name("adapter_model.bin")
@@ -48,7 +48,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileNotFoundError(f"there is no {path}{hint}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            keys, metadata = file.keys(), file.metadata() or {}
+            if odd := [key for key in keys if not key.isprintable()]:
+                raise ValueError(f"{path} names a tensor {odd[0][:200]!r}: such characters are in no module's name")
+            return {key: file.get_tensor(key) for key in keys}, metadata
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from None
 
@@ -67,7 +70,7 @@ def fit_adapter(
     pairs: dict[str, dict[str, Tensor]] = {}
     rest, problems = {}, []
     for key, tensor in tensors.items():
-        name, ours, kind = _matrix_named(key)
+        name, ours, kind = matrix_named(key)
         if not name:
             rest[key] = tensor
         elif name not in kinds or issubclass(kinds[name][0], LoRAEmbedding) != (kind is LoRAEmbedding):
@@ -89,7 +92,7 @@ def fit_adapter(
     return pairs, whole
 
 
-def _matrix_named(key: str) -> tuple[str, str, type[LoRALayer]]:
+def matrix_named(key: str) -> tuple[str, str, type[LoRALayer]]:
     """Read a key of the file: the layer's name, "A", "B" or "m", and the kind; no name where it is none."""
     for kind, suffixes in ((LoRALinear, DORA_SUFFIXES), (LoRAEmbedding, EMBEDDING_SUFFIXES)):
         for ours, suffix in suffixes.items():

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from minilora.torch_lora.adapter_layer import FLOATS
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.peft_config import AdapterConfig
 from minilora.torch_lora.replaced import replaced_tensors
@@ -21,7 +22,6 @@ from minilora.torch_lora.replaced import replaced_tensors
 PREFIX = "base_model.model."
 BASE = ".base_layer."  # stands before a tensor of the base where its layer has an A and a B
 UNUSED = (".original_module.", ".modules_to_save.")  # PEFT writes these beside a saved module's bias, and reads neither
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
@@ -90,7 +90,9 @@ def whole_to_write(model: nn.Module) -> tuple[dict[str, Tensor], str, list[str]]
             f"{len(biases)} biases were replaced, neither all {every} nor the {adapted} of adapted layers: "
             "PEFT's config has no word for that; call train_biases when every adapter is in place"
         )
-    return {_peft_key(name, layers): tensor for name, tensor in replaced.items()}, bias, modules
+    # copies: a tied bias is written under each of its names, and safetensors takes no memory that is shared
+    written = {name: tensor.clone() if name.endswith("bias") else tensor for name, tensor in replaced.items()}
+    return {_peft_key(name, layers): tensor for name, tensor in written.items()}, bias, modules
 
 
 def _without_adapter(name: str, layers: Iterable[str]) -> str:

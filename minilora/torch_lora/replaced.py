@@ -28,20 +28,34 @@ def replaced_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
 def replace_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, trainable: bool) -> None:
     """Put tensors in the place of a model's parameters and buffers, by name, in its dtypes and on its devices.
 
-    What was there is kept by its owner, frozen; a tensor that replaces one already is overwritten. Only floats train.
+    What was there is kept by its owner, frozen. Where a tensor replaces one already it gets the new numbers and stays
+    the same object, which an optimizer may hold: what trains goes on training. Only floats train. A bias that has two
+    names (BERT's head has one) stays one where both get the same numbers.
     """
+    biases: dict[int, Tensor] = {}  # what stands in the place of a bias, by that one's id
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         kept = vars(owner).setdefault(KEPT, {})
-        before = kept.setdefault(leaf, getattr(owner, leaf))
+        before = getattr(owner, leaf)
+        train = trainable and leaf in owner._parameters and before.is_floating_point()
+        if leaf in kept:
+            before.copy_(tensor)
+            before.requires_grad_(before.requires_grad or train)
+            continue
+        kept[leaf] = before
         before.requires_grad_(False)
         new = tensor.detach().to(before.device, before.dtype, copy=True)
-        train = trainable and new.is_floating_point()
-        setattr(owner, leaf, nn.Parameter(new, requires_grad=train) if leaf in owner._parameters else new)
+        if leaf in owner._parameters:
+            new = nn.Parameter(new, requires_grad=train)
+        if leaf == "bias":
+            first = biases.setdefault(id(before), new)
+            new = first if torch.equal(first, new) else new
+        setattr(owner, leaf, new)
 
 
 def freeze(model: nn.Module) -> None:
@@ -70,11 +84,13 @@ def give_back(model: nn.Module) -> None:
             setattr(module, leaf, before if here.data_ptr() == before.data_ptr() else moved)
 
 
-def warn_of_untying(model: nn.Module, names: set[str]) -> None:
+def warn_of_untying(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Warn where one of these tensors is another module's as well: after replace_tensors they are two."""
     state = model.state_dict(keep_vars=True)
-    for name in sorted(names):
+    for name in sorted(tensors):
         others = [other for other, tensor in state.items() if other != name and tensor is state.get(name)]
+        if name.endswith("bias"):  # which stays one, see replace_tensors
+            others = [o for o in others if o not in tensors or not (tensors[o] == tensors[name]).all()]
         if others:
             warnings.warn(
                 f"{name} was one tensor with {', '.join(others)}; the adapter has its own copy of it, so they are "

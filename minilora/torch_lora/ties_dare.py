@@ -117,7 +117,7 @@ def _elected(terms: Terms, density: float, seed: int) -> Callable[[], Rows]:
     def rows_of_M() -> Rows:
         for rows, deltas in _delta_rows(terms):
             trimmed = deltas.where(deltas.abs() >= smallest[:, None, None], 0.0)
-            agrees = (trimmed.sign() == trimmed.sum(dim=0).sign()) & (trimmed != 0)
+            agrees = trimmed.sign() == trimmed.sum(dim=0).sign()  # a 0 agrees with a sum of 0 alone: nothing is added
             yield rows, (trimmed * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1)
 
     return rows_of_M

@@ -4,6 +4,8 @@ Tolerances are those of float32: each number here is a sum of at most 99 product
 may add up in another order: 99 · 6e-8 < 1e-5.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import inject, load_adapter, lora_layer, save_adapter
 from minilora.torch_lora.inject import adapter_layers, match_targets
+from minilora.torch_lora.serve import AdapterServer
 from minilora.torch_lora.targets import DEFAULT_TARGETS, default_targets
 
 # A name that transformers will drop, and PEFT's word that it looked for a hub's config: nothing that is compared here.
@@ -198,6 +201,47 @@ def test_merging_is_the_same_in_each(kind):
         layer.merge()
 
     torch.testing.assert_close(logits_of(ours, kind), logits_of(theirs.merge_and_unload(), kind), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_served_row_is_what_the_adapter_alone_makes_of_it(tmp_path, kind, targets):
+    ours = in_ours(kind, targets, in_peft(kind, targets))
+    save_adapter(ours, tmp_path, task_type=None)
+    served = tiny(kind)
+    server = serving(served, tmp_path, ours)
+    plain = logits_of(served, kind)
+    with server.rows(["one", None]):
+        if (kind, targets) == ("opt", ALL_LINEAR):  # which makes (rows · tokens, hidden) of x before fc1
+            with pytest.raises(ValueError, match=r"layers.0.fc1 is called with \(24, 32\), without an axis for rows"):
+                logits_of(served, kind)
+            return
+        together = logits_of(served, kind)
+
+    torch.testing.assert_close(together[0], logits_of(ours, kind)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together[1], plain[1], rtol=1e-5, atol=1e-5)
+
+
+def serving(model: nn.Module, folder: Path, adapted: nn.Module) -> AdapterServer:
+    """A server of the layers that another model has adapted."""
+    server = AdapterServer(model, limit_bytes=10**6, targets=list(adapter_layers(adapted)))
+    server.cache.register("one", folder)
+    return server
+
+
+@torch.inference_mode()
+def test_blooms_product_by_slices_of_a_weight_cannot_be_served_and_says_so(tmp_path):
+    slow = {"slow_but_exact": True, "pretraining_tp": 2}
+    ours = in_ours("bloom", ALL_LINEAR, in_peft("bloom", ALL_LINEAR, **slow), **slow)
+    save_adapter(ours, tmp_path, task_type=None)
+    served = tiny("bloom", **slow)
+    before = logits_of(served, "bloom")
+    server = serving(served, tmp_path, ours)
+
+    assert torch.equal(logits_of(served, "bloom"), before)
+    with server.rows([None, None]):
+        assert torch.equal(logits_of(served, "bloom"), before)
+    with server.rows(["one", None]), pytest.raises(RuntimeError, match=r"dense.weight .*slow_but_exact=False calls it"):
+        logits_of(served, "bloom")
 
 
 def test_blooms_product_by_slices_of_a_weight_has_the_adapter_in_it():

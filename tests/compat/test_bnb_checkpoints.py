@@ -12,13 +12,13 @@ import pytest
 import torch
 import transformers as tf
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors.torch import load_file
 from torch import nn
 
 from minilora.llm.load import load_model
 from minilora.qlora import FP4, NF4Linear, QLoRALinear
-from minilora.torch_lora import inject, remove
+from minilora.torch_lora import LoRALinear, inject, remove
 from minilora.train.bnb_folder import load_4_bit, save_4_bit
 
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -187,3 +187,16 @@ def test_a_base_that_was_trained_over_goes_back_as_it_came(tmp_path):
     save_4_bit(model, tmp_path / "ours", like=folder)
 
     assert_equal(all_tensors(tmp_path / "ours"), all_tensors(folder))
+
+
+@pytest.mark.parametrize("kind", [Linear8bitLt, Linear4bit])
+def test_layers_of_bitsandbytes_itself_are_refused_with_the_way_to_read_them(kind):
+    """They are nn.Linear: an adapter was merged into the codes of 8 bits, and the report said that all had arrived."""
+    options = {"has_fp16_weights": False} if kind is Linear8bitLt else {}
+    model = nn.Sequential(kind(64, 64, **options).to("cpu"))
+    before = model[0].weight
+    with pytest.raises(TypeError, match=r"codes in its weight .*load_4_bit") as caught:
+        inject(model, "all-linear", lambda base: LoRALinear(base, r=2, alpha=2))
+
+    assert caught.value.__notes__ == ["while 0 was wrapped"]
+    assert model[0].weight is before

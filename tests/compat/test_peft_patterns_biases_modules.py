@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from minilora.llm import Decoder, ModelConfig
 from minilora.torch_lora import inject, load_adapter, lora_layer, remove, save_adapter, train_biases, train_modules
@@ -150,14 +150,18 @@ def test_what_ours_writes_back_has_pefts_tensors_and_gives_the_same_logits_in_pe
     torch.testing.assert_close(logits(again), logits(theirs), **CLOSE)
 
 
-def test_the_tensor_file_is_pefts_byte_for_byte(tmp_path):
+def test_the_tensor_file_is_pefts_byte_for_byte_but_for_the_hash_of_the_config(tmp_path):
     in_peft(llama(), **CONFIGS["all at once"]).save_pretrained(tmp_path / "theirs")
     ours = llama()
     load_adapter(ours, tmp_path / "theirs")
     save_adapter(ours, tmp_path / "ours")
-    first, second = (tmp_path / side / "adapter_model.safetensors" for side in ("theirs", "ours"))
+    first, second = ((tmp_path / side / "adapter_model.safetensors").read_bytes() for side in ("theirs", "ours"))
+    added = re.compile(rb'"config_sha256":"[0-9a-f]{64}",')
+    without, count = added.subn(b"", second[8:])
 
-    assert first.read_bytes() == second.read_bytes()
+    assert count == 1
+    assert without.split(b"}}", 1)[0] == first[8:].split(b"}}", 1)[0]
+    assert second[8 + int.from_bytes(second[:8], "little") :] == first[8 + int.from_bytes(first[:8], "little") :]
 
 
 @pytest.mark.parametrize("which", ["all", "lora_only"])
@@ -217,6 +221,47 @@ def test_a_classifiers_score_is_read_though_peft_names_modules_that_are_not_ther
 
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
     torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
+
+
+def bert() -> BertForMaskedLM:
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    model = BertForMaskedLM(BertConfig(vocab_size=99, **sizes)).eval()
+    nn.init.normal_(model.cls.predictions.bias)
+    return model
+
+
+def test_a_bias_that_is_tied_to_another_stays_so_as_in_peft(tmp_path):
+    theirs = in_peft(bert(), target_modules=["query"], bias="all")
+    theirs.save_pretrained(tmp_path / "theirs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is untied
+        loaded, trained = bert(), bert()
+        load_adapter(loaded, tmp_path / "theirs", train_replaced=True)
+        inject(trained, ["query"], lambda base: lora_layer(base, r=2, alpha=2))
+        train_biases(trained, "all")
+    heads = [theirs.base_model.model.cls.predictions, loaded.cls.predictions, trained.cls.predictions]
+
+    assert [head.bias is head.decoder.bias and head.bias.requires_grad for head in heads] == [True] * 3
+    torch.testing.assert_close(logits(loaded), logits(theirs), **CLOSE)
+    save_adapter(loaded, tmp_path / "ours", task_type=None)
+    first, second = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
+    assert second.keys() == first.keys()
+    assert all(torch.equal(second[name], first[name]) for name in second)
+    remove(loaded)
+    assert loaded.cls.predictions.bias is loaded.cls.predictions.decoder.bias
+
+
+def test_a_tied_bias_that_has_two_values_in_a_file_is_untied_with_a_warning(tmp_path):
+    in_peft(bert(), target_modules=["query"], bias="all").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.cls.predictions.bias"] += 1
+    save_file(tensors, path)
+    model = bert()
+    with pytest.warns(UserWarning, match=r"cls.predictions.* was one tensor with .*untied now"):
+        load_adapter(model, tmp_path)
+    assert torch.equal(model.cls.predictions.decoder.bias, tensors["base_model.model.cls.predictions.decoder.bias"])
 
 
 @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])

@@ -127,6 +127,7 @@ WRONG_NUMBERS = [
     ("blocksize", [64]), ("dtype", "int8"), ("dtype", ["bfloat16"]), ("dtype", "__class__"), ("shape", [22]),
     ("shape", [-22, -66]), ("shape", "22"), ("shape", [22.0, 66]), ("shape", None), ("nested_blocksize", 0),
     ("nested_dtype", "float16"), ("nested_offset", math.nan), ("nested_offset", math.inf), ("nested_offset", "0"),
+    ("nested_offset", 1e39), ("nested_offset", 10**400), ("nested_offset", -(10**400)), ("nested_blocksize", 10**400),
 ]  # fmt: skip
 
 
@@ -172,9 +173,20 @@ def test_a_part_of_another_kind_or_length_is_refused(part, tensor, message):
         read_weight(NAME, tensors_of() | {NAME + part: tensor})
 
 
-def test_an_offset_beyond_float32_is_refused():
+def test_units_beyond_float32_are_refused():
+    tensors = tensors_of() | {NAME + ".nested_absmax": torch.tensor([3e38])}
     with pytest.raises(ValueError, match=r"^a\.b\.weight: its units overflow float32: the file is damaged$"):
-        read_weight(NAME, with_numbers(tensors_of(), nested_offset=1e39))
+        read_weight(NAME, with_numbers(tensors, nested_offset=3e38))
+
+
+def test_a_nested_block_takes_no_more_memory_than_its_units(monkeypatch):
+    """2³¹ − 1 is allowed, one block for all: repeated so often, its one unit would take 8 GB."""
+    monkeypatch.setattr(Tensor, "repeat_interleave", lambda *args: pytest.fail("the units were repeated"))
+    tensors = with_numbers(tensors_of(), nested_blocksize=2**31 - 1)
+    values, offset = tensors[NAME + ".nested_quant_map"], torch.tensor(numbers_in(tensors)["nested_offset"])
+
+    units = values[tensors[NAME + ".absmax"].int()] * tensors[NAME + ".nested_absmax"] + offset
+    assert torch.equal(read_weight(NAME, tensors).quantized.absmax, units)
 
 
 def test_nested_blocks_of_another_length_need_as_many_units():

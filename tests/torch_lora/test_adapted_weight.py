@@ -82,7 +82,29 @@ def test_a_merged_layers_is_the_bases_own():
     assert layer.bias is layer.base.bias
 
 
-@pytest.mark.parametrize("write", [torch.Tensor.zero_, nn.init.ones_, lambda weight: weight.__setitem__(0, 1)])
+def add_in_place(weight):
+    weight += 1
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        torch.Tensor.zero_,
+        nn.init.ones_,
+        lambda weight: weight.__setitem__(0, 1),
+        lambda weight: weight.data.zero_(),
+        lambda weight: weight.detach().data[1:].T.add_(1),
+        lambda weight: weight[0, :3].zero_(),
+        lambda weight: weight.view(-1).__setitem__(0, 1),
+        lambda weight: weight.split(2)[1].zero_(),
+        lambda weight: setattr(weight, "data", torch.zeros(4, 6)),
+        lambda weight: torch.add(torch.zeros(4, 6), 1, out=weight),
+        lambda weight: torch.add(torch.zeros(6), 1, out=weight[0]),
+        lambda weight: F.relu(weight, inplace=True),
+        lambda weight: torch._foreach_add_([torch.zeros(2), weight], 1),
+        add_in_place,
+    ],
+)
 def test_writing_into_it_is_refused(write):
     layer = adapted(nn.Linear(6, 4))
     before = layer.base.weight.clone()
@@ -90,6 +112,19 @@ def test_writing_into_it_is_refused(write):
     with pytest.raises(RuntimeError, match=r"cannot write into an adapted weight.*write into layer\.base\.weight"):
         write(layer.weight)
     assert torch.equal(layer.base.weight, before)
+
+
+def test_views_are_those_of_the_sum_with_its_gradients_and_can_be_copied_from():
+    layer = adapted(nn.Linear(6, 4))
+    W, weight = layer.base.weight + layer.delta_weight(), layer.weight
+    elsewhere = torch.zeros(2, 6)
+    elsewhere.copy_(weight.split(2)[1])
+    weight[1:, :2].sum().backward()
+
+    assert torch.equal(elsewhere, W[2:])
+    assert torch.equal(weight.data[1:].T[0].clone(), W[1:, 0])
+    assert (weight[1:, :2].shape, weight.data.requires_grad) == ((3, 2), False)
+    torch.testing.assert_close(layer.B.grad, torch.autograd.grad(W[1:, :2].sum(), layer.B)[0])
 
 
 def test_it_is_no_parameter_and_no_state():

@@ -190,9 +190,43 @@ def test_a_file_that_changed_its_size_since_it_was_registered_is_refused():
 def test_unknown_names_are_named_all_at_once_with_those_that_are_near():
     cache, _ = cache_for(2, french=1, german=2)
 
-    with pytest.raises(AdapterError, match=r"near it: .*french") as caught:
+    with pytest.raises(AdapterError, match=r"^'frensh': no adapter of .*near it: \['french'\]; 'x': no") as caught:
         use(cache, "frensh", "german", "x")
     assert list(caught.value.failures) == ["frensh", "x"]
+    assert str(caught.value.failures["x"]) == "no adapter of that name is registered (2 are)"
+
+
+def test_a_name_is_compared_with_the_others_when_the_lock_is_free_again(monkeypatch):
+    cache, _ = cache_for(1, abc=1)
+    free = []
+
+    def near(*args, **kwargs):
+        other = threading.Thread(target=lambda: free.append(cache.counts.registered))
+        other.start()
+        other.join(2)
+        return ["abc"]
+
+    monkeypatch.setattr("minilora.torch_lora.adapter_cache.difflib.get_close_matches", near)
+    with pytest.raises(AdapterError, match="near it"):
+        use(cache, "abd")
+    assert free == [1]
+
+
+def test_files_are_read_without_the_lock():
+    cache, disk = cache_for(2, a=1, b=2)
+    use(cache, "a")
+    meanwhile: list[list[float]] = []
+    read = disk.read
+
+    def slow(folder: Path) -> Adapter:
+        other = threading.Thread(target=lambda: meanwhile.append(use(cache, "a")))
+        other.start()
+        other.join(2)
+        return read(folder)
+
+    cache._read = slow
+    assert use(cache, "b") == [2]
+    assert meanwhile == [[1]]
 
 
 @pytest.mark.parametrize("limit", [0, -1])

@@ -1,6 +1,8 @@
 """Sums of adapters against dense sums in float64: exact, best of their rank, or with the error that they tell."""
 
+import inspect
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from minilora.qlora import NF4Linear, QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, load_adapter, lora_layer, merged, remove, save_adapter, train_biases
-from minilora.torch_lora.arithmetic import Distance, Update, cat, linear, set_updates, svd, updates_of
+from minilora.torch_lora.arithmetic import Distance, Update, cat, check_rank, linear, set_updates, svd, updates_of
 from minilora.torch_lora.inject import adapter_layers
+from minilora.torch_lora.ties_dare import ties
 
 WEIGHTS = [0.7, -1.3, 2.0]
 FLOAT32 = 2**-24  # half a step of a number near 1
@@ -163,11 +166,24 @@ def test_a_layer_that_one_adapter_leaves_alone_adds_nothing_there():
     assert linear([both, one], [1.0, 3.0]).report.layers["v"].from_sum.relative < 4 * FLOAT32
 
 
-def test_an_adapter_minus_itself_is_nothing_and_its_error_is_told():
-    [adapter] = adapters_of(3)
-    report = svd([adapter, adapter], [1.0, -1.0], r=2).report
+@pytest.mark.parametrize("combine", [cat, partial(svd, r=2), partial(ties, r=2, density=1.0)])
+def test_an_adapter_minus_itself_is_nothing_and_its_rounding_is_no_error(combine):
+    [adapter] = adapters_of(3, layers={"q": (40, 30), "v": (700, 300)})
+    report = combine([adapter, adapter], [1.0, -1.0]).report
 
-    assert report.layers["q"].from_sum.norm < 1e-12
+    assert (report.from_sum, report.from_sum.relative) == (Distance(0.0, 0.0), 0.0)
+    assert combine([adapter] * 3, [0.3, 0.7, -1.0]).report.from_sum.norm == 0.0  # each product is rounded
+
+
+def test_what_is_left_of_a_difference_is_told_down_to_the_rounding_of_its_terms():
+    [adapter] = adapters_of(3)
+    nearly = {name: Update(y.A, y.B, y.scaling * (1 + 1e-13)) for name, y in adapter.items()}
+    report = cat([adapter, nearly], [1.0, -1.0]).report
+
+    assert report.layers["q"].from_sum.norm == pytest.approx(1e-13 * dense(adapter["q"]).norm().item(), rel=0.02)
+
+
+def test_a_distance_from_nothing_is_nothing_or_infinite():
     assert Distance(0.0, 0.0).relative == 0.0
     assert Distance(0.1, 0.0).relative == float("inf")
 
@@ -195,6 +211,8 @@ def test_the_report_prints_as_a_table():
         (lambda a, w: ([], []), "0 adapters and 0 weights"),
         (lambda a, w: (a, w[:1]), "2 adapters and 1 weights: give one weight for each"),
         (lambda a, w: (a, [1.0, float("nan")]), "weight 1 is nan"),
+        (lambda a, w: (a, [1e39, 1.0]), r"weight 0 is 1e\+39: a finite number that float32 holds"),
+        (lambda a, w: (a, [1.0, -3e38]), r"is more than float32 holds in \['q', 'v'\]: choose smaller weights"),
         (lambda a, w: ([a[0], {"q": random_update(9, 9, 2)}], w), r"q: updates of shapes \[\(9, 9\), \(40, 30\)\]"),
         (lambda a, w: ([a[0], {"q": Update(torch.full((1, 30), float("inf")), torch.ones(40, 1))}], w), "q: holds NaN"),
         (lambda a, w: ([{}, {}], w), "they have no layers"),
@@ -206,10 +224,10 @@ def test_impossible_sums_are_refused(spoil, message):
         cat(adapters, weights)
 
 
-@pytest.mark.parametrize("r", [0, -1])
+@pytest.mark.parametrize("r", [0, -1, 2.5])
 def test_impossible_ranks_are_refused(r):
-    with pytest.raises(ValueError, match="r is"):
-        svd(adapters_of(2), [1.0], r=r)
+    with pytest.raises(ValueError, match=rf"r is {r}: .* a whole number of 1 or more"):
+        inspect.unwrap(check_rank)(r)  # without the tests' own check of types
 
 
 def adapted(targets: list[str], **settings) -> nn.Module:

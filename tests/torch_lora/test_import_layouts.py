@@ -140,6 +140,11 @@ BAD = {
     "from scratch without alpha": ({"q.lora.A": (IN, R), "q.lora.B": (R, OUT)}, None, "stores no alpha: give the one"),
     "alpha 0": ({"q.lora_A": (R, IN), "q.lora_B": (OUT, R)}, 0.0, "alpha is 0.0"),
     "MergedLinear": ({"q.lora_A": (2 * R, IN), "q.lora_B": (OUT, R)}, 4.0, "no r in common; loralib's MergedLinear"),
+    "Conv2d": (
+        {"a.q.lora_A": (R, IN), "a.q.lora_B": (OUT, R), "a.conv1.lora_A": (2 * R, IN), "a.conv1.lora_B": (OUT, 2 * R)},
+        4.0,
+        r"from loralib:\n  a.conv1: a convolution by its name: .*leave it out$",
+    ),
     "one alone": ({"q.lora_A": (R, IN)}, 4.0, "q: has one of .lora_A and .lora_B alone"),
     "more tensors": (
         {"q.lora_A": (R, IN), "q.lora_B": (OUT, R), "q.weight": (OUT, IN)},

@@ -373,3 +373,29 @@ def test_the_protocol_of_a_stored_weight_is_seen_where_a_bias_is_a_parameter():
         inspect.getattr_static(layer, member)
 
     assert members == ["dense_weight"]
+
+
+class Packed(nn.Linear):
+    """Another quantizer's layer, as there are many: an nn.Linear whose weight is codes."""
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...] = (8, 8)):
+        super().__init__(8, 8)
+        self.weight = nn.Parameter(torch.zeros(shape).to(dtype), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [Packed(torch.int8), Packed(torch.uint8, (32, 1)), Packed(torch.float8_e4m3fn), Packed(torch.bfloat16, (16, 1))],
+)
+@pytest.mark.parametrize("wrap", [lora, NF4Linear])
+def test_another_quantizers_codes_are_no_weight_to_add_to(base, wrap):
+    with pytest.raises(TypeError, match=r"Packed has codes in its weight .*load the base in bfloat16.*load_4_bit"):
+        wrap(base)
+
+
+def test_a_weight_that_became_codes_under_its_adapter_is_not_merged():
+    """bitsandbytes' layers quantize when they are moved, which may be after the adapter came."""
+    layer = lora(nn.Linear(8, 8))
+    layer.base.weight = Packed(torch.int8).weight
+    with pytest.raises(TypeError, match="has codes in its weight"):
+        layer.merge()

@@ -13,8 +13,9 @@ from minilora.qlora import NF4Linear, QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, lora_layer
 from minilora.torch_lora import merging as module
 from minilora.torch_lora.adapter_layer import dense_weight
+from minilora.torch_lora.arithmetic import Distance
 from minilora.torch_lora.inject import adapter_layers
-from minilora.torch_lora.merging import MergeReport, measure, merge_model, merged_state
+from minilora.torch_lora.merging import LayerMerge, MergeReport, measure, merge_model, merged_state
 from minilora.torch_lora.replaced import replace_tensors, replaced_tensors
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -166,6 +167,12 @@ def test_it_warns_when_rounding_eats_the_adapter(std, warns):
     assert ("erased" in str(report)) == warns
 
 
+@pytest.mark.parametrize(("error", "is_erased"), [(0.499, False), (0.5, True), (0.7, True)])
+def test_from_half_of_the_effect_on_a_layer_is_erased(error, is_erased):
+    """Below ½ the merged weight is nearer to the adapted one than to the base's: merging's docstring has the proof."""
+    assert LayerMerge(Distance(error, 1.0), 0, 1).is_erased == is_erased
+
+
 def test_rounding_that_erases_all_changes_no_weight_and_has_the_error_1():
     W, delta = torch.ones(4, 4).bfloat16(), torch.full((4, 4), 2**-12)
     off = measure(W, delta, (W + delta).bfloat16())
@@ -229,6 +236,36 @@ def test_what_cannot_be_merged_is_refused_and_the_model_is_as_before(make, dtype
 
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_what_no_adapter_touches_must_fit_the_dtype_too_and_all_of_it_is_named():
+    """65536 is a bfloat16, and in float16 infinite: written so, the model would answer NaN."""
+    model = adapted(["up"], dtype=torch.bfloat16)
+    model.four_bits = NF4Linear(nn.Linear(64, 64).requires_grad_(False))
+    with torch.no_grad():
+        model.norm.weight[1], model.up.base.bias[2], model.head.weight[3, 3] = 1e5, -65536.0, 65536.0
+        model.four_bits.absmax_bits[0] = torch.tensor(1e38).view(torch.int32)
+    before = copy.deepcopy(model.state_dict())
+    named = ["embed.weight", "head.weight", "up.bias", "norm.weight", "four_bits.weight"]
+    message = "merged:" + "".join(f"\n  {name}: not finite as torch.float16" for name in named) + "$"
+    with pytest.raises(ValueError, match=message):
+        merge_model(model, torch.float16)
+    with pytest.raises(ValueError, match=message):
+        next(merged_state(model, torch.float16, MergeReport("float16", {})))
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items() if "extra" not in name)
+
+    assert merge_model(model, torch.float32).layers  # wide enough
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_stay_as_they_are_where_the_rest_is_rounded(dtype):
+    model = adapted(["up"])
+    model.codes = nn.Parameter(torch.arange(8.0).to(dtype), requires_grad=False)
+    state = dict(merged_state(model, torch.bfloat16, MergeReport("bfloat16", {})))
+    merge_model(model, torch.bfloat16)
+
+    assert state["codes"].dtype == model.codes.dtype == dtype
 
 
 def test_a_nan_in_the_adapter_is_refused_by_name():

@@ -14,6 +14,9 @@ from torch import nn
 
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, load_adapter, remove, save_adapter
+from minilora.torch_lora.peft_config import config_sha256
+from minilora.torch_lora.peft_format import write_adapter
+from minilora.torch_lora.peft_tensors import read_tensors
 
 
 class Model(nn.Module):
@@ -40,8 +43,10 @@ def saved(tmp_path: Path) -> Path:
 
 
 def edit_config(folder: Path, **changes: object) -> None:
+    """As if another program had written the folder: its tensors name no config."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_tensors(folder, lambda tensors: None)
 
 
 def edit_tensors(folder: Path, change) -> None:
@@ -81,7 +86,7 @@ def test_the_files_are_those_of_peft(saved):
     assert config["peft_type"] == "LORA"
     assert config["target_modules"] == ["q_proj", "v_proj"]
     assert names == {f"base_model.model.{m}_proj.lora_{x}.weight" for m in "qv" for x in "AB"}
-    assert metadata == {"format": "pt"}
+    assert metadata == {"format": "pt", "config_sha256": config_sha256(config)}
 
 
 def test_whole_names_are_written_where_the_last_parts_hit_more(tmp_path):
@@ -337,6 +342,43 @@ def test_keys_at_their_defaults_are_accepted(saved):
     load_adapter(Model(), saved)
 
 
+def test_a_config_that_the_tensors_were_not_written_with_is_refused_whatever_it_says(saved, tmp_path_factory):
+    """A process killed between the two renames leaves new tensors beside the old config: another alpha, in silence."""
+    other = tmp_path_factory.mktemp("other")
+    save_adapter(adapted(alpha=64), other)
+    (saved / "adapter_model.safetensors").write_bytes((other / "adapter_model.safetensors").read_bytes())
+    model = Model()
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"is not the config that .* was written with.*save the adapter again"):
+        load_adapter(model, saved)
+    assert dict(model.named_modules()) == before
+
+
+def test_a_config_changed_by_hand_is_taken_after_what_the_error_says(saved):
+    path = saved / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
+    with pytest.raises(ValueError, match=r"changed by hand: .*write_adapter\(folder, json.loads\(config_text\)"):
+        load_adapter(Model(), saved)
+    tensors, metadata = read_tensors(saved / "adapter_model.safetensors")
+    write_adapter(saved, json.loads(path.read_text()), tensors, metadata | {"base_sha256": "1" * 64})
+    model = Model()
+    load_adapter(model, saved)
+
+    assert model.q_proj.alpha == 8
+    assert read_tensors(saved / "adapter_model.safetensors")[1]["base_sha256"] == "1" * 64  # the rest is kept
+
+
+def test_a_config_that_says_the_same_in_other_words_is_the_same(saved):
+    path = saved / "adapter_config.json"
+    config = json.loads(path.read_text()) | {
+        "base_model_name_or_path": "renamed",
+        "use_dora": False,
+        "rank_pattern": {},
+    }
+    path.write_text(json.dumps(dict(sorted(config.items(), reverse=True)), indent=7).replace("\n", "\r\n"))
+    load_adapter(Model(), saved)
+
+
 def test_a_missing_file_is_named_and_a_pickle_is_never_opened(saved):
     (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
 
@@ -352,6 +394,26 @@ def test_names_that_look_like_paths_or_patterns_are_only_names(saved):
     edit_tensors(saved, change)
     with pytest.raises(ValueError, match=r"\(\.\*\)\+\.lora_A\.weight: the model has no layer of that name"):
         load_adapter(Model(), saved)
+
+
+def test_a_name_that_would_write_to_the_terminal_is_not_printed_as_it_is(saved):
+    edit_tensors(
+        saved, lambda tensors: tensors.update({"base_model.model.\x1b[2Jq_proj.lora_A.weight": torch.zeros(2, 8)})
+    )
+    with pytest.raises(ValueError, match=r"names a tensor 'base_model.model.\\x1b\[2J.*'") as caught:
+        load_adapter(Model(), saved)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_patterns_are_compared_with_each_layer_once(saved, monkeypatch):
+    """There may be ten thousand of them."""
+    asked = []
+    monkeypatch.setattr(
+        "minilora.torch_lora.peft_config.resolve", lambda patterns, name, default: asked.append(name) or default
+    )
+    load_adapter(Model(), saved)
+
+    assert sorted(asked) == ["q_proj", "q_proj", "v_proj", "v_proj"]  # for r and for alpha
 
 
 # --- what cannot be saved

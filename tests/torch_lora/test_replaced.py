@@ -3,9 +3,11 @@
 import copy
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minilora.qlora import QLoRALinear
@@ -20,6 +22,7 @@ from minilora.torch_lora import (
     train_modules,
 )
 from minilora.torch_lora.inject import freeze_all_but_adapters
+from minilora.torch_lora.peft_format import write_adapter
 from minilora.torch_lora.replaced import replaced_tensors
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))
@@ -59,6 +62,11 @@ def assert_same_bits(model: nn.Module, other: nn.Module) -> None:
     ours, theirs = model.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def edit_config(folder: Path, changes: dict[str, object]) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text()) | changes
+    write_adapter(folder, config, load_file(folder / "adapter_model.safetensors"), {})
 
 
 def test_what_begins_to_train_changes_nothing_and_is_named():
@@ -139,6 +147,16 @@ def test_remove_while_merged_gives_the_base_back():
     assert_same_bits(model, before)
 
 
+def test_a_model_that_was_cast_gets_its_own_tensors_back_in_the_new_dtype():
+    model, before = trained(modules=["head", "norm"])
+    remove(model.bfloat16())
+
+    assert_same_bits(model, before.bfloat16())
+    assert model.head.weight.dtype == model.norm.running_mean.dtype == torch.bfloat16
+    assert isinstance(model.head.weight, nn.Parameter)
+    assert not isinstance(model.norm.running_mean, nn.Parameter)
+
+
 def test_a_copied_model_gives_back_its_own():
     model, before = trained()
     twin = copy.deepcopy(model)
@@ -175,6 +193,20 @@ def test_loaded_biases_and_modules_train_when_asked(tmp_path):
 
     assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in ("q_proj.base.bias", "head.weight"))
     assert model.q_proj.base.weight.grad is None
+
+
+def test_what_an_optimizer_holds_is_loaded_in_place_and_trains_on(tmp_path):
+    saved, _ = trained(modules=["head", "norm"])
+    save_adapter(saved, tmp_path)
+    model, _ = trained(modules=["head", "norm"])
+    held = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    load_adapter(model, tmp_path)
+
+    assert_same_bits(model.head, saved.head)
+    assert_same_bits(model.norm, saved.norm)
+    assert {name: p for name, p in model.named_parameters() if p.requires_grad} == held  # by identity
+    load_adapter(model, tmp_path, train_replaced=True)
+    model(X).sum().backward()
 
 
 def test_a_module_with_children_and_buffers_is_saved_whole(tmp_path):
@@ -218,8 +250,6 @@ def test_over_4_bits_a_bias_loads_and_does_not_train(tmp_path):
 
 
 def trained_bias(folder) -> torch.Tensor:
-    from safetensors.torch import load_file
-
     return load_file(folder / "adapter_model.safetensors")["base_model.model.q_proj.base_layer.bias"]
 
 
@@ -282,8 +312,6 @@ def test_a_shared_tensor_is_untied_with_a_warning():
 
 @pytest.mark.parametrize("name", ["q_proj.base_layer.bias", "head.weight"])
 def test_a_tensor_that_the_config_promises_must_be_there_in_its_shape_and_finite(tmp_path, name):
-    from safetensors.torch import load_file, save_file
-
     save_adapter(trained()[0], tmp_path)
     path, key = tmp_path / "adapter_model.safetensors", f"base_model.model.{name}"
     tensors = load_file(path)
@@ -310,15 +338,13 @@ def test_a_module_that_was_replaced_must_be_in_the_file_that_is_loaded_over_it(t
 
 def test_a_file_that_adapts_a_module_and_replaces_it_is_refused(tmp_path):
     save_adapter(trained(biases=None, modules=[])[0], tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["q_proj"]}))
+    edit_config(tmp_path, {"modules_to_save": ["q_proj"]})
     with pytest.raises(ValueError, match="q_proj: the file both adapts it and replaces it whole"):
         load_adapter(Model(), tmp_path)
 
 
 def test_a_pattern_that_hits_nothing_is_warned_of(tmp_path):
     save_adapter(trained(biases=None, modules=[])[0], tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {"k_proj": 2}}))
+    edit_config(tmp_path, {"alpha_pattern": {"k_proj": 2}})
     with pytest.warns(UserWarning, match=r"the config's patterns \['k_proj'\] hit no layer of this adapter"):
         load_adapter(Model(), tmp_path)

@@ -3,6 +3,7 @@
 import copy
 import json
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,7 @@ from torch import nn
 from minilora.cpu import Linear, each
 from minilora.llm import Decoder, ModelConfig, generate
 from minilora.qlora import NF4Linear
-from minilora.torch_lora import LoRALinear, inject, load_adapter, remove, save_adapter
-from minilora.torch_lora import serve as serve_module
+from minilora.torch_lora import LoRALinear, batch_rows, inject, load_adapter, remove, save_adapter
 from minilora.torch_lora.adapter_cache import AdapterError
 from minilora.torch_lora.serve import AdapterServer, RoutedLinear
 
@@ -128,7 +128,7 @@ def test_in_bfloat16_a_row_is_within_the_roundings_of_both_ways(model, tmp_path,
     differ by at most (2 + 2)·unit·(M + P) for y and (2 + 2)·unit·P for u and s·A: 8 units of M + P hold both, and the
     float32 sums of 48 terms (48 · 2⁻²⁴) are nothing beside them.
     """
-    monkeypatch.setattr(serve_module, "FEW_TOKENS", few_tokens)
+    monkeypatch.setattr(batch_rows, "FEW_TOKENS", few_tokens)
     kinds = {name: (["q_proj"], settings) for name, (_, settings) in KINDS.items()}
     folders = write_adapters(model, tmp_path, kinds)
     model.bfloat16()
@@ -323,11 +323,23 @@ def test_what_cannot_be_served_is_refused_with_the_reason_when_it_is_registered(
     assert server.cache.counts.registered == 0
 
 
+def test_a_config_that_the_tensors_were_not_written_with_is_refused_when_registered_and_when_read(model, tmp_path):
+    folders = write_adapters(model, tmp_path)
+    server = server_of(model, {"r4": folders["r4"]})
+    path = folders["r4"] / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8.0', '"lora_alpha": 16.0'))
+
+    with pytest.raises(AdapterError, match="is not the config that"), server.rows(["r4"]):
+        pass
+    with pytest.raises(ValueError, match="is not the config that"):
+        server.cache.register("again", folders["r4"])
+
+
 def test_an_adapter_of_layers_that_are_not_served_is_refused_with_their_names(model, tmp_path):
     folders = write_adapters(model, tmp_path)
     server = server_of(model, folders, targets=["q_proj", "v_proj"])
 
-    with pytest.raises(AdapterError, match=r"layers.0.k_proj.*no layer of that name"), server.rows(["r4"]):
+    with pytest.raises(AdapterError, match=r"4 layers .*, the first is layers.0.k_proj: choose"), server.rows(["r4"]):
         pass
     with server.rows(["r1"]):
         model(torch.randn(1, 1, 32))
@@ -454,4 +466,111 @@ def test_a_closed_server_does_not_answer_in_an_adapters_name(model, tmp_path):
     server = server_of(model, write_adapters(model, tmp_path))
     server.close()
     with pytest.raises(RuntimeError, match="this server is closed"), server.rows(["r4"]):
+        pass
+
+
+def test_an_adapter_is_finite_in_the_dtype_that_it_is_served_in(model, tmp_path):
+    folders = write_adapters(model, tmp_path)
+    path = folders["q"] / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.layers.1.q_proj.lora_A.weight"][0, 0] = -1e6  # finite, and -inf in float16
+    save_file(tensors, path, {"format": "pt"})
+    with server_of(copy.deepcopy(model), folders).rows(["q"]):
+        pass
+    half = server_of(model.half(), folders)
+
+    with pytest.raises(AdapterError, match=r"layers.1.q_proj: not finite as torch.float16"), half.rows(["q"]):
+        pass
+
+
+def test_every_layer_has_its_adapters_in_the_dtype_of_its_own_weight(model, tmp_path):
+    folders = write_adapters(model, tmp_path)
+    model.layers[1].bfloat16()
+    model.layers[1].q_proj = NF4Linear(model.layers[1].q_proj, block_size=32)  # its bias is bfloat16
+    server = server_of(model, folders)
+
+    with server.rows(["r4"]) as batch:
+        dtypes = {name: {A.dtype, B.dtype} for name, (A, B) in batch.adapters[0].pairs.items()}
+    in_16_bits = {f"layers.1.{leaf}" for leaf in ("k_proj", "v_proj", "o_proj")}
+    assert dtypes == {name: {torch.bfloat16 if name in in_16_bits else torch.float32} for name in dtypes}
+
+
+def test_the_scaling_is_in_a_before_it_is_rounded_to_16_bits(model, tmp_path):
+    folders = write_adapters(model, tmp_path)
+    A = load_file(folders["rslora"] / "adapter_model.safetensors")["base_model.model.layers.0.o_proj.lora_A.weight"]
+
+    with server_of(model.bfloat16(), folders).rows(["rslora"]) as batch:
+        served, _ = batch.adapters[0].pairs["layers.0.o_proj"]
+    assert torch.equal(served, (7 / 4**0.5 * A).bfloat16())
+    assert not torch.equal(served, (7 / 4**0.5 * A.bfloat16()))  # rounded twice, which would be another
+
+
+def test_under_autocast_a_row_gets_its_adapter_in_the_dtype_of_the_products(model, tmp_path):
+    """As in test_in_bfloat16…: x, W, A and B are rounded once each, u and y once or twice: 8 units hold them."""
+    folders = write_adapters(model, tmp_path)
+    x, names = torch.randn(3, 2, 32), ["r4", None, "r16"]
+    layer = model.layers[0].q_proj
+    served = copy.deepcopy(model)
+    server = server_of(served, folders)
+
+    with server.rows(names), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        together = served.layers[0].q_proj(x)
+
+    assert together.dtype == torch.bfloat16
+    for row, name in enumerate(names):
+        adapted, bound = copy.deepcopy(model), x[row].abs() @ layer.weight.abs().T + layer.bias.abs()
+        if name:
+            load_adapter(adapted, folders[name])
+            it = adapted.layers[0].q_proj
+            bound += it.scaling * (x[row].abs() @ it.A.abs().T) @ it.B.abs().T
+        exact = adapted.layers[0].q_proj(x[row][None])[0]
+        assert ((together[row].float() - exact).abs() <= 8 * UNIT[torch.bfloat16] * bound).all(), name
+
+
+def test_an_adapter_that_names_a_layer_by_its_second_name_is_refused(tmp_path):
+    model = nn.Module()
+    model.a = model.b = nn.Linear(6, 6)
+    only_b = nn.Module()
+    only_b.b = nn.Linear(6, 6)
+    inject(only_b, "b", lambda base: LoRALinear(base, r=2, alpha=4))
+    save_adapter(only_b, tmp_path)
+    server = AdapterServer(model, limit_bytes=10_000)
+    server.cache.register("one", tmp_path)
+
+    with (
+        pytest.raises(AdapterError, match=r"1 layers .* not served, the first is b: .*two names"),
+        server.rows(["one"]),
+    ):
+        pass
+
+
+def test_who_keeps_a_batch_keeps_no_adapters_and_no_stacks(model, tmp_path):
+    server = server_of(model, write_adapters(model, tmp_path))
+    with server.rows(["r4", "r16"]) as batch:
+        model(torch.randn(2, 3, 32))
+        stack = weakref.ref(next(iter(batch._stacks.values())))
+        assert stack() is not None
+
+    assert (batch.adapters, batch._stacks, batch._slots) == ([], {}, [])
+    assert stack() is None
+
+
+def test_a_copy_of_the_bases_own_weight_in_the_file_is_no_obstacle(model, tmp_path):
+    """PEFT writes it where the head or the embedding is adapted; it takes none of the cache's bytes."""
+    folders = write_adapters(model, tmp_path, {"head": (["lm_head", "q_proj"], {"r": 2, "alpha": 3.0})})
+    plain, path = copy.deepcopy(model), folders["head"] / "adapter_model.safetensors"
+    size = server_of(copy.deepcopy(model), {}, targets=["lm_head", "q_proj"]).cache._size_of(folders["head"])
+    tensors = load_file(path)
+    copied = {"base_model.model.lm_head.base_layer.weight": model.lm_head.weight.detach().clone()}
+    save_file(tensors | copied, path, {"format": "pt"})
+    server = server_of(model, folders, targets=["lm_head", "q_proj"])
+    x = torch.randn(1, 2, 32)
+
+    with server.rows(["head"]), torch.inference_mode():
+        torch.testing.assert_close(model(x)[0], alone(plain, folders["head"], x[0]), rtol=1e-5, atol=1e-5)
+    assert server.cache.counts.resident_bytes == size == 4 * (2 * (32 + 20) + 2 * 2 * (32 + 48))
+    copied["base_model.model.lm_head.base_layer.weight"] += 1
+    save_file(tensors | copied, path, {"format": "pt"})
+    server.cache.register("head", folders["head"])
+    with pytest.raises(AdapterError, match=r"lm_head.base_layer.weight: not the model's own"), server.rows(["head"]):
         pass

@@ -94,7 +94,7 @@ def test_an_adapter_of_qlora_is_merged_into_what_it_was_trained_over(base, tmp_p
     merged, _ = load_model(tmp_path / "out")
 
     torch.testing.assert_close(merged(TOKENS), adapted(TOKENS), rtol=0, atol=1e-5)
-    with pytest.warns(UserWarning, match="trained over a base stored as nf4, block_size=64, double, here it is over f"):
+    with pytest.warns(UserWarning, match="trained over a base stored as nf4, block_size=64, double, here over f"):
         run(options(base, tmp_path / "adapter", tmp_path / "other", "fp32", "lora"))
     assert (load_model(tmp_path / "other")[0](TOKENS) - adapted(TOKENS)).abs().max() > 1e-3
 
