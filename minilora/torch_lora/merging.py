@@ -146,7 +146,9 @@ def merged_state(model: nn.Module, dtype: torch.dtype, report: MergeReport) -> I
         for leaf, parameter in own.named_parameters(recurse=False):
             if id(parameter) not in seen and not (own is not module and leaf == "weight"):
                 seen.add(id(parameter))
-                yield f"{name}.{leaf}" if name else leaf, parameter.detach().to(dtype)
+                bias = module.merged_bias(dtype) if leaf == "bias" and isinstance(module, AdapterLayer) else None
+                tensor = parameter if bias is None else bias
+                yield f"{name}.{leaf}" if name else leaf, tensor.detach().to(dtype)
 
 
 def warn_if_erased(report: MergeReport) -> None:
@@ -180,7 +182,7 @@ def _fold(layer: AdapterLayer, dtype: torch.dtype | None, store: Store | None) -
     base = layer.base
     weight, report = merged_weight(layer, dtype)
     if isinstance(base, StoresNoFloats) or store is not None:
-        bias = base.bias
+        bias = layer.merged_bias(dtype)
         linear = nn.Linear(base.in_features, base.out_features, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
@@ -190,6 +192,9 @@ def _fold(layer: AdapterLayer, dtype: torch.dtype | None, store: Store | None) -
         kept = store(linear, base)
         return kept, measure(own_weight(layer), layer.delta_weight().detach(), dense_weight(kept, torch.float32))
     base.weight = nn.Parameter(weight, requires_grad=False)
+    bias = layer.merged_bias(dtype)
+    if bias is not None and bias is not base.bias:
+        base.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return base, report
 
 
@@ -229,6 +234,7 @@ def _refuse_unmergeable(layers: dict[str, AdapterLayer], dtype: torch.dtype | No
     broken = []
     for name, layer in layers.items():
         W, delta = own_weight(layer), layer.delta_weight().detach()
+        layer.merged_bias(dtype)  # which raises
         if not all(wanted.to(dtype or W.dtype).isfinite().all() for _, wanted in _sums(W, delta)):
             broken.append(f"{name}: weight plus update is not finite as {dtype or W.dtype}")
     if broken:
