@@ -24,8 +24,9 @@ INPUTS = {"llama": ["down_proj"], "gpt2": ["mlp.c_proj"], "qwen2": ["down_proj"]
 
 
 def in_peft(kind: str, **more) -> PeftModel:
-    """The model under PEFT, with its own default layers and its vectors away from one."""
-    model = get_peft_model(tiny(kind), IA3Config(fan_in_fan_out=kind == "gpt2", **more))
+    """The model under PEFT, its vectors away from one."""
+    targets = {"target_modules": OUTPUTS[kind] + INPUTS[kind], "feedforward_modules": INPUTS[kind]}
+    model = get_peft_model(tiny(kind), IA3Config(fan_in_fan_out=kind == "gpt2", **targets, **more))
     for name, parameter in model.named_parameters():
         if "ia3_l" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
@@ -35,8 +36,10 @@ def in_peft(kind: str, **more) -> PeftModel:
 def pairs(ours: nn.Module, theirs: PeftModel) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """Every trained vector of ours with PEFT's own, which is a column or a row."""
     named = {name: p for name, p in theirs.named_parameters() if "ia3_l" in name}
-    found = {n: (layer.l, named.pop(f"base_model.model.{n}.ia3_l.default")) for n, layer in adapter_layers(ours).items()}
-    assert not named  # PEFT's defaults are these layers and no others
+    found = {
+        n: (layer.l, named.pop(f"base_model.model.{n}.ia3_l.default")) for n, layer in adapter_layers(ours).items()
+    }
+    assert not named
     return found
 
 
