@@ -17,7 +17,6 @@ Read before this file: torch_lora/layers.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -28,8 +27,6 @@ from minilora.torch_lora.adapter_layer import AdapterLayer
 from minilora.torch_lora.inject import InjectReport, Target, inject, match_targets
 from minilora.torch_lora.layers import features_of, is_conv1d, is_linear, refuse_unfit
 from minilora.torch_lora.replaced import freeze
-
-Scales = Literal["output", "input"]
 
 
 class IA3Linear(AdapterLayer):
@@ -49,7 +46,7 @@ class IA3Linear(AdapterLayer):
 
     wraps = "a linear layer or GPT-2's Conv1D"
 
-    def __init__(self, base: nn.Module, *, scales: Scales = "output"):
+    def __init__(self, base: nn.Module, *, scales: str = "output"):
         super().__init__()
         refuse_unfit(base, IA3Linear)
         if scales not in ("output", "input"):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.methods.ia3 import IA3Linear, Scales
+from minilora.methods.ia3 import IA3Linear
 from minilora.torch_lora.adapter_layer import AdapterLayer
 from minilora.torch_lora.inject import InjectReport
 from minilora.torch_lora.layers import features_of
@@ -59,7 +59,7 @@ def load_ia3(model: nn.Module, folder: str | Path, *, base_sha256: str | None = 
     config = read_config_of(folder, "IA3", KNOWN, _problems)
     words = config.get("feedforward_modules")
 
-    def scales(name: str, module: nn.Module, l: Tensor) -> Scales:
+    def scales(name: str, module: nn.Module, l: Tensor) -> str:
         """What a vector scales: as the config's list of words says, or, where it has none, as its shape does."""
         if isinstance(words, list):
             return "input" if name.endswith(tuple(words)) else "output"
@@ -82,7 +82,7 @@ def load_ia3(model: nn.Module, folder: str | Path, *, base_sha256: str | None = 
     return load_layers(model, folder, KEYS, config, wrap, misfits, base_sha256)
 
 
-def _shape(module: Any, scales: Scales) -> tuple[int, int]:
+def _shape(module: Any, scales: str) -> tuple[int, int]:
     in_features, out_features = features_of(module.base if isinstance(module, AdapterLayer) else module)
     return (out_features, 1) if scales == "output" else (1, in_features)
 

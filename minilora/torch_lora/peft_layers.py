@@ -8,6 +8,7 @@ biases alone cannot be in these files: whole modules can. Read before this file:
 """
 
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def read_config_of(
     """
     config = read_json_object(folder / CONFIG_FILE)
     if config.get("peft_type") != peft_type:
-        raise ValueError(f"{folder / CONFIG_FILE} has the peft_type {config.get('peft_type')!r}, not {peft_type!r}")
+        theirs = reprlib.repr(config.get("peft_type"))
+        raise ValueError(f"{folder / CONFIG_FILE} has the peft_type {theirs}, not {peft_type!r}")
     unknown = sorted(key for key in config.keys() - HARMLESS - known - {"modules_to_save", "peft_type"} if config[key])
     problems = [f"{key[:60]!r}: not a key this reader knows, so it may change the result" for key in unknown]
     if not are_names(config.get("modules_to_save") or []):

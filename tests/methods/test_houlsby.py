@@ -115,7 +115,7 @@ def test_it_cannot_merge_and_says_so_over_any_base(base):
 
 def test_what_cannot_be_is_refused():
     base = nn.Linear(4, 4)
-    for bottleneck in (0, -1, 2.0, True):
+    for bottleneck in (0, -1, True):
         with pytest.raises(ValueError, match="bottleneck is"):
             HoulsbyLinear(base, bottleneck=bottleneck)
     with pytest.raises(ValueError, match="no nonlinearity 'tanh' here: choose one of"):

@@ -1,6 +1,7 @@
 """IA³ against its equation, formed whole, and against PEFT in test_ia3_against_peft."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from minilora.llm.architectures import ARCHITECTURES
 from minilora.llm.sizes import ia3_params
 from minilora.methods import HoulsbyLinear, IA3Linear, inject_ia3, load_ia3, save_ia3
 from minilora.qlora import NF4Linear
+from minilora.qlora.merging import merge_into_4_bits
 from minilora.torch_lora import LoRALinear, inject, load_adapter, merged, remove, save_adapter
 from minilora.torch_lora.adapter_layer import dense_weight
 from minilora.torch_lora.inject import adapter_layers, count_parameters, train_biases, train_modules
@@ -141,6 +143,17 @@ def test_a_model_is_merged_for_good_with_its_biases(base, scales, dtype):
     assert not adapter_layers(model)
     assert {name: tensor.float() for name, tensor in model.state_dict().items()}.keys() == state.keys()
     assert all(torch.equal(tensor.float(), state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_merging_into_4_bits_scales_the_bias():
+    model = nn.Sequential(nn.Linear(12, 8))
+    inject(model, ["0"], trained)
+    bias = (model[0].l * model[0].base.bias).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what rounding takes
+        merge_into_4_bits(model, allow_requantize=True)
+    assert type(model[0]) is NF4Linear
+    assert torch.equal(model[0].bias, bias)
 
 
 def test_a_bias_that_trains_is_scaled_as_well():
