@@ -59,6 +59,15 @@ def test_a_new_layer_changes_no_bit(base, dtype):
     assert torch.equal(HoulsbyLinear(base, bottleneck=3)(x), base(x))
 
 
+def test_a_layer_freezes_its_base_and_nothing_where_it_is_refused():
+    base = nn.Linear(12, 8)
+    with pytest.raises(ValueError, match="bottleneck"):
+        HoulsbyLinear(base, bottleneck=0)
+    assert all(p.requires_grad for p in base.parameters())
+    layer = HoulsbyLinear(base, bottleneck=3)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == NAMES
+
+
 def test_it_begins_with_the_papers_numbers_and_a_zero():
     layer = HoulsbyLinear(nn.Linear(12, 500), bottleneck=400, generator=torch.Generator().manual_seed(3))
     again = HoulsbyLinear(nn.Linear(12, 500), bottleneck=400, generator=torch.Generator().manual_seed(3))

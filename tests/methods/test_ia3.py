@@ -54,6 +54,15 @@ def test_a_new_layer_changes_no_bit(base, scales, dtype):
     assert base(x).dtype == dtype
 
 
+def test_a_layer_freezes_its_base_and_nothing_where_it_is_refused(scales):
+    base = nn.Linear(12, 8)
+    with pytest.raises(ValueError, match="scales"):
+        IA3Linear(base, scales="rows")
+    assert all(p.requires_grad for p in base.parameters())
+    layer = IA3Linear(base, scales=scales)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["l"]
+
+
 def test_outputs_and_gradients_are_the_papers(base, scales):
     layer, x = trained(base, scales), torch.randn(2, 5, 12, requires_grad=True)
     ours, theirs = layer(x), as_the_paper_has_it(layer, x, layer.l)
