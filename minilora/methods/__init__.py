@@ -1,7 +1,24 @@
 """The family: what others made of LoRA, one paper a file, each over a whole layer or model of the base."""
 
 from minilora.methods.dora import DoRAConv1D, DoRALinear, dora_layer
+from minilora.methods.houlsby import HoulsbyLinear
+from minilora.methods.houlsby_format import load_houlsby, save_houlsby
+from minilora.methods.ia3 import IA3Linear, inject_ia3
 from minilora.methods.layer_for import layer_for
 from minilora.methods.loraplus import loraplus_groups
+from minilora.methods.peft_ia3 import load_ia3, save_ia3
 
-__all__ = ["DoRAConv1D", "DoRALinear", "dora_layer", "layer_for", "loraplus_groups"]
+__all__ = [
+    "DoRAConv1D",
+    "DoRALinear",
+    "HoulsbyLinear",
+    "IA3Linear",
+    "dora_layer",
+    "inject_ia3",
+    "layer_for",
+    "load_houlsby",
+    "load_ia3",
+    "loraplus_groups",
+    "save_houlsby",
+    "save_ia3",
+]

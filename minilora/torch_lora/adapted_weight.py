@@ -7,7 +7,7 @@ BLOOM with slow_but_exact multiplies by slices of `dense.weight`, and torch's Tr
 at `wo.weight.dtype`, at every call: for that alone, W′ would be made for nothing. Hence a tensor that knows its dtype,
 shape and device, and is made when something is computed with it.
 
-Read before this file: layers.
+Read before this file: adapter_layer.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats
 
 TOLD = ("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_meta")  # attributes that no number is needed for
 # What shares memory with the tensor that it is of: to write into it is to write into that.
@@ -81,3 +83,15 @@ def _refuse_to_write(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise RuntimeError(
             f"{name} cannot write into an adapted weight, W + scaling · B A: write into layer.base.weight"
         )
+
+
+def weight_to_read(layer: AdapterLayer) -> Tensor:
+    """W′ of a layer over a linear one: the base's weight where that is merged, else one that is formed when needed."""
+    base: Any = layer.base
+    if layer.is_merged:
+        return base.weight
+    if isinstance(layer.base, StoresNoFloats):
+        like, shape = next(iter(layer.adapter_tensors().values())), torch.Size((base.out_features, base.in_features))
+    else:
+        like, shape = base.weight, base.weight.shape
+    return AdaptedWeight.of(like, shape, lambda: layer.merged_weight(like.dtype))

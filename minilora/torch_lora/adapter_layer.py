@@ -2,6 +2,7 @@
 
     base            the frozen module under the adapter, which may store its weight in another form (4 bits, say)
     adapt(W)        the weight that the adapter makes of the base's:  W′ = adapt(W),  ΔW = W′ − W
+    adapt_bias(b)   the bias that goes with W′: b itself, unless the method changes that too
     merge, unmerge  put W′ in W's place, and W back, bit for bit; fused() makes a new layer of W′
 
 What the layer computes, and what it trains, is each method's own: torch_lora/layers has LoRA's. Read before this file:
@@ -10,8 +11,9 @@ nothing.
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -72,7 +74,7 @@ class AdapterLayer(nn.Module):
 
     base: Any  # an nn.Module, whose attributes depend on its kind
     wraps: str  # the kind of base, in words
-    _kept: tuple[nn.Parameter, ...] = ()  # a tuple, so that it counts neither as a parameter nor as state
+    _kept: Mapping[str, nn.Parameter] = MappingProxyType({})  # plain: it counts neither as a parameter nor as state
     stores_in_by_out = False  # nn.Linear's weight is (out, in); GPT-2's Conv1D and an embedding store (in, out)
 
     @staticmethod
@@ -92,6 +94,10 @@ class AdapterLayer(nn.Module):
         """
         raise NotImplementedError
 
+    def adapt_bias(self, bias: Float[Tensor, "out"]) -> Float[Tensor, "out"]:
+        """Give the bias that goes with W′: the very same, or a new one in its dtype or a wider one."""
+        return bias
+
     def delta_weight(self) -> Float[Tensor, "rows columns"]:
         """Form the update in the layout of the base's weight: ΔW = W′ − W."""
         W = dense_weight(self.base, torch.float32) if self.unmerged_weight is None else self.unmerged_weight.float()
@@ -109,7 +115,7 @@ class AdapterLayer(nn.Module):
     @property
     def unmerged_weight(self) -> nn.Parameter | None:
         """The base's own weight while the layer is merged, kept to be put back."""
-        return self._kept[0] if self._kept else None
+        return self._kept.get("weight")
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -117,13 +123,13 @@ class AdapterLayer(nn.Module):
 
         W′ = adapt(W), computed in float32 (or wider) and rounded once to W's dtype
 
-        W itself is kept beside it (as many bytes as W has), so that unmerge gives it back bit for bit. A bias that the
-        adapter replaced (torch_lora/replaced) is in place before and after: merging does not touch it.
+        W itself is kept beside it (as many bytes as W has), so that unmerge gives it back bit for bit; so is a bias, if
+        the method changes it. Otherwise that is not touched, also where the adapter replaced it (torch_lora/replaced).
 
         Raises:
             RuntimeError: if the layer is merged already.
             TypeError: if the base does not store floats, or no weight has the adapter's effect.
-            ValueError: if W′ would hold a NaN or an infinity.
+            ValueError: if W′ or its bias would hold a NaN or an infinity.
         """
         if self.is_merged:
             raise RuntimeError("this layer is merged already: a second merge would add the update twice")
@@ -132,24 +138,29 @@ class AdapterLayer(nn.Module):
                 f"cannot merge into {type(self.base).__name__}: it does not store floats; "
                 "fused() gives a new layer of floats with the update in it"
             )
-        merged = self.merged_weight(self.base.weight.dtype)
-        self._kept = (self.base.weight,)
-        self.base.weight = nn.Parameter(merged, requires_grad=False)
+        merged = {"weight": self.merged_weight(self.base.weight.dtype)}
+        bias = self.merged_bias()
+        if bias is not None and bias is not self.base.bias:
+            merged["bias"] = bias
+        self._kept = {leaf: getattr(self.base, leaf) for leaf in merged}
+        for leaf, tensor in merged.items():
+            setattr(self.base, leaf, nn.Parameter(tensor, requires_grad=False))
 
     def unmerge(self) -> None:
-        """Put back the weight that merge kept: the same parameter with the same bits.
+        """Put back what merge kept: the same parameters with the same bits.
 
-        Where the layer was moved to another device or dtype since, its copy there.
+        Where the layer was moved to another device or dtype since, their copies there.
 
         Raises:
             RuntimeError: if the layer is not merged.
         """
         if not self._kept:
             raise RuntimeError("this layer is not merged: there is nothing to undo")
-        (kept,), self._kept = self._kept, ()
-        here = kept.detach().to(self.base.weight)
-        same = here.data_ptr() == kept.data_ptr()
-        self.base.weight = kept if same else nn.Parameter(here, requires_grad=False)
+        for leaf, kept in self._kept.items():
+            here = kept.detach().to(getattr(self.base, leaf))
+            same = here.data_ptr() == kept.data_ptr()
+            setattr(self.base, leaf, kept if same else nn.Parameter(here, requires_grad=False))
+        self._kept = {}
 
     @torch.no_grad()
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -163,13 +174,17 @@ class AdapterLayer(nn.Module):
         weight = self.base.weight
         new_weight = weight.detach().clone() if self.is_merged else self.merged_weight(dtype or weight.dtype)
         # deepcopy takes what its memo holds for an object instead of copying it: the old weight is never duplicated
-        layer = copy.deepcopy(self.base, {id(weight): nn.Parameter(new_weight, requires_grad=False)})
+        memo = {id(weight): nn.Parameter(new_weight, requires_grad=False)}
+        bias = self.merged_bias(dtype)
+        if bias is not None and bias is not self.base.bias:
+            memo[id(self.base.bias)] = nn.Parameter(bias, requires_grad=False)
+        layer = copy.deepcopy(self.base, memo)
         vars(layer).pop(KEPT, None)  # the new layer has no adapter, so nothing to give back
         layer.requires_grad_(False)
         return layer if dtype is None else layer.to(dtype)
 
     def _fused_linear(self, dtype: torch.dtype) -> nn.Linear:
-        bias = self.base.bias
+        bias = self.merged_bias(dtype)
         linear = nn.Linear(self.base.in_features, self.base.out_features, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(self.merged_weight(dtype), requires_grad=False)
         if bias is not None:
@@ -184,12 +199,35 @@ class AdapterLayer(nn.Module):
         """
         wide = functools.reduce(torch.promote_types, (t.dtype for t in self.adapter_tensors().values()), dtype)
         merged = self.adapt(dense_weight(self.base, wide))
-        if not torch.isfinite(merged).all():
-            raise ValueError(
-                "the update holds NaN or infinite values, so merging it would destroy the weight: "
-                "find the training step that made them (a smaller learning rate, gradient clipping)"
-            )
+        _refuse_infinite(merged)
         return merged.to(dtype)
+
+    def merged_bias(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out"] | None:
+        """Give the bias that goes with W′: the base's own, as it is, where the method leaves it, or None.
+
+        Where the method changes it, it is rounded once to `dtype`, or to the base's bias's own.
+
+        Raises:
+            ValueError: if it holds a NaN or an infinity.
+        """
+        now = getattr(self.base, "bias", None)
+        if now is None:
+            return None
+        own = self._kept.get("bias", now).to(now.device)
+        adapted = self.adapt_bias(own)
+        if adapted is own:
+            return own
+        merged = adapted.to(dtype or own.dtype)
+        _refuse_infinite(merged)
+        return merged
+
+
+def _refuse_infinite(merged: Tensor) -> None:
+    if not torch.isfinite(merged).all():
+        raise ValueError(
+            "the update holds NaN or infinite values, so merging it would destroy the weight: "
+            "find the training step that made them (a smaller learning rate, gradient clipping)"
+        )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import nn
 
 from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats
-from minilora.torch_lora.layers import LoRAConv1D, LoRALayer, LoRALinear
+from minilora.torch_lora.layers import LoRALayer, is_linear
 from minilora.torch_lora.replaced import freeze, give_back, replace_tensors, replaced_tensors, warn_of_untying
 
 Target = str | re.Pattern[str]
@@ -252,16 +252,12 @@ def _outer_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if not (inside and name.startswith(inside))}
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return LoRALinear.accepts(module) or LoRAConv1D.accepts(module)
-
-
 def _is_hit(target: Target, name: str, module: nn.Module, model: nn.Module) -> bool:
     if isinstance(target, re.Pattern):
         return target.fullmatch(name) is not None
     if target == ALL_LINEAR:
         base = module.base if isinstance(module, AdapterLayer) else module
-        return _is_linear(base) and not _is_output_head(name, module, model)
+        return is_linear(base) and not _is_output_head(name, module, model)
     return name == target or name.endswith(f".{target}")
 
 
@@ -274,7 +270,7 @@ def _is_output_head(name: str, module: nn.Module, model: Any) -> bool:
 
 def _nothing_hit(missed: list[str], modules: dict[str, nn.Module]) -> str:
     leaves = sorted({name.rpartition(".")[2] for name in modules})
-    linear = sorted({name.rpartition(".")[2] for name, module in modules.items() if _is_linear(module)})
+    linear = sorted({name.rpartition(".")[2] for name, module in modules.items() if is_linear(module)})
     if not missed:
         return f"no targets were given; this model's linear layers are {linear}"
     near = {name: difflib.get_close_matches(name, leaves, n=2, cutoff=0.5) for name in missed}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from minilora.cpu import Linear
-from minilora.torch_lora.adapted_weight import AdaptedWeight
+from minilora.torch_lora.adapted_weight import weight_to_read
 from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats, refuse_codes
 from minilora.torch_lora.autograd import lora_linear
 from minilora.torch_lora.config import LoRAConfig
@@ -129,13 +129,7 @@ class LoRALinear(LoRALayer):
     @property
     def weight(self) -> Tensor:
         """W + ΔW, for models that read it instead of calling the layer: adapted_weight tells of them."""
-        if self.is_merged:
-            return self.base.weight
-        if isinstance(self.base, StoresNoFloats):
-            shape = torch.Size((len(self.B), self.A.shape[1]))
-            return AdaptedWeight.of(self.A, shape, lambda: self.merged_weight(self.A.dtype))
-        W = self.base.weight
-        return AdaptedWeight.of(W, W.shape, lambda: self.merged_weight(W.dtype))
+        return weight_to_read(self)
 
     @property
     def bias(self) -> Tensor | None:
@@ -216,7 +210,7 @@ def kind_of(base: nn.Module) -> type[LoRALayer] | None:
     return next((kind for kind in KINDS if kind.accepts(base)), None)
 
 
-def refuse_unfit(base: nn.Module, layer: type[LoRALayer]) -> None:
+def refuse_unfit(base: nn.Module, layer: type[AdapterLayer]) -> None:
     """Refuse a base that a layer cannot wrap, and say which layer can.
 
     Raises:
@@ -267,6 +261,16 @@ def autocasts(x: Tensor) -> bool:
     """Whether torch would choose a dtype of its own for products with x."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, of floats or not, GPT-2's Conv1D among them."""
+    return LoRALinear.accepts(module) or LoRAConv1D.accepts(module)
+
+
+def features_of(linear: nn.Module) -> tuple[int, int]:
+    """in_features and out_features of a module that is_linear."""
+    return (LoRAConv1D if is_conv1d(linear) else LoRALinear).features(linear)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -143,7 +143,10 @@ def merged_state(model: nn.Module, dtype: torch.dtype, report: MergeReport) -> I
         for parameter_name, parameter in others.items():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield parameter_name, parameter.detach().to(dtype if parameter.dtype in FLOATS else parameter.dtype)
+                leaf = parameter_name.rpartition(".")[2]
+                bias = module.merged_bias(dtype) if leaf == "bias" and isinstance(module, AdapterLayer) else None
+                tensor = parameter if bias is None else bias
+                yield parameter_name, tensor.detach().to(dtype if tensor.dtype in FLOATS else tensor.dtype)
 
 
 def warn_if_erased(report: MergeReport) -> None:
@@ -177,7 +180,7 @@ def _fold(layer: AdapterLayer, dtype: torch.dtype | None, store: Store | None) -
     base = layer.base
     weight, report = merged_weight(layer, dtype)
     if isinstance(base, StoresNoFloats) or store is not None:
-        bias = base.bias
+        bias = layer.merged_bias(dtype)
         linear = nn.Linear(base.in_features, base.out_features, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
@@ -187,6 +190,9 @@ def _fold(layer: AdapterLayer, dtype: torch.dtype | None, store: Store | None) -
         kept = store(linear, base)
         return kept, measure(own_weight(layer), layer.delta_weight().detach(), dense_weight(kept, torch.float32))
     base.weight = nn.Parameter(weight, requires_grad=False)
+    bias = layer.merged_bias(dtype)
+    if bias is not None and bias is not base.bias:
+        base.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return base, report
 
 
@@ -237,6 +243,7 @@ def _refuse_unmergeable(model: nn.Module, layers: dict[str, AdapterLayer], dtype
     broken = []
     for name, layer in layers.items():
         W, delta = own_weight(layer), layer.delta_weight().detach()
+        layer.merged_bias(dtype)  # which raises
         if not all(wanted.to(dtype or W.dtype).isfinite().all() for _, wanted in _sums(W, delta)):
             broken.append(f"{name}: weight plus update is not finite as {dtype or W.dtype}")
     broken += [] if dtype is None else _not_finite_beside(model, dtype)

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from minilora.files import with_sorted_metadata, write_whole
-from minilora.torch_lora.adapter_layer import StoresNoFloats
+from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats
 from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.inject import (
     InjectReport,
@@ -32,7 +32,7 @@ from minilora.torch_lora.inject import (
 )
 from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, kind_of
 from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, config_of, config_sha256, read_config
-from minilora.torch_lora.peft_tensors import fit_adapter, matrices_by_key, read_tensors
+from minilora.torch_lora.peft_tensors import fit_adapter, hits_by_leaf, matrices_by_key, read_tensors
 from minilora.torch_lora.peft_whole import in_model, whole_to_write
 from minilora.torch_lora.replaced import all_finite, replace_tensors, replaced_tensors, warn_of_untying
 
@@ -79,7 +79,7 @@ def save_adapter(
         raise ValueError("this model has no adapter to save: inject(model, targets, wrap) gives it one")
     use_dora = _trains_magnitudes(layers)
     whole, bias, modules = whole_to_write(model)
-    config = config_of(layers, _shortest_targets(model, layers)) | {
+    config = config_of(layers, shortest_targets(model, layers)) | {
         "base_model_name_or_path": base_name,
         "bias": bias,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
@@ -146,23 +146,23 @@ def load_adapter(
     settings = {name: config.settings_of(name) for name in pairs}
     _refuse_another_method(adapter_layers(model), config)
     _refuse_other_settings(model, settings)
-    _refuse_merged(model)
+    refuse_merged(model)
     if train_replaced:
         refuse_to_train_without_floats(model, list(in_model(model, whole)))
     _warn_of_idle_patterns(config, settings)
-    _warn_of_another_base(metadata.get("base_sha256"), base_sha256)
+    warn_of_another_base(metadata.get("base_sha256"), base_sha256)
     there, trained_over = replaced_tensors(model), metadata.get(BASE_FORM, "")
     warn_of_untying(model, {name: t for name, t in in_model(model, whole).items() if name not in there})
     if not adapter_layers(model):
         _inject_by_name(model, config, sorted(pairs), wrap, set(whole) if train_replaced else set())
     layers = lora_like(adapter_layers(model))
-    _warn_of_another_form(trained_over, form_of_bases(layers))
+    warn_of_another_form(trained_over, form_of_bases(layers))
     with torch.no_grad():
         for name, pair in pairs.items():
             for ours, tensor in layers[name].adapter_tensors().items():
                 tensor.copy_(pair[ours])
     replace_tensors(model, in_model(model, whole), trainable=train_replaced)
-    return InjectReport(_hits_by_leaf(sorted(pairs)), count_parameters(model))
+    return InjectReport(hits_by_leaf(sorted(pairs)), count_parameters(model))
 
 
 def base_form(folder: str | Path) -> str | None:
@@ -177,7 +177,7 @@ def base_form(folder: str | Path) -> str | None:
     return metadata.get(BASE_FORM)
 
 
-def form_of_bases(layers: Mapping[str, LoRALayer]) -> str:
+def form_of_bases(layers: Mapping[str, AdapterLayer]) -> str:
     """How the bases of these layers are stored, in their own words, "" for floats; embeddings always are floats."""
     bases = [layer.base for layer in layers.values() if not isinstance(layer, LoRAEmbedding)]
     forms = {stored_as(base) if isinstance(base, StoresNoFloats) else "floats" for base in bases}
@@ -206,7 +206,7 @@ def refuse_another_config(folder: Path, config: AdapterConfig, metadata: Mapping
         )
 
 
-def _shortest_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+def shortest_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     """Name the layers by their last parts, or by their whole names where the last parts hit other modules too."""
     leaves = {name.rpartition(".")[2] for name in layers}
     inside = tuple(f"{name}." for name in layers)
@@ -287,11 +287,12 @@ def _refuse_other_settings(model: nn.Module, settings: dict[str, LoRAConfig]) ->
         )
 
 
-def _refuse_merged(model: nn.Module) -> None:
+def refuse_merged(model: nn.Module) -> None:
+    """Refuse a model with merged layers, naming the first, with a ValueError."""
     merged = [name for name, layer in adapter_layers(model).items() if layer.is_merged]
     if merged:
         raise ValueError(
-            f"{len(merged)} layers of the model are merged, the first is {merged[0]}: their A and B do nothing now, "
+            f"{len(merged)} layers of the model are merged, the first is {merged[0]}: their tensors do nothing now, "
             "so loading would change nothing; unmerge() them first"
         )
 
@@ -305,7 +306,8 @@ def _warn_of_idle_patterns(config: AdapterConfig, settings: Mapping[str, LoRACon
         )
 
 
-def _warn_of_another_base(theirs: str | None, ours: str | None) -> None:
+def warn_of_another_base(theirs: str | None, ours: str | None) -> None:
+    """Warn where both SHA-256 are known and differ."""
     if theirs and ours and theirs != ours:
         warnings.warn(
             f"this adapter was trained on a base with SHA-256 {ascii(theirs)[1:13]}…, this base has {ours[:12]}…: "
@@ -314,17 +316,11 @@ def _warn_of_another_base(theirs: str | None, ours: str | None) -> None:
         )
 
 
-def _warn_of_another_form(theirs: str, ours: str) -> None:
+def warn_of_another_form(theirs: str, ours: str) -> None:
+    """Warn where the adapter was trained over a base that was stored in no floats, and is over another here."""
     if theirs and theirs != ours:
         warnings.warn(
             f"this adapter was trained over a base stored as {ascii(theirs)[1:-1]}, here over {ours or 'floats'}: it "
             "answers worse there than it was trained to; wrap=QLoRALinear puts a linear layer into 4 bits",
             stacklevel=3,
         )
-
-
-def _hits_by_leaf(names: list[str]) -> dict[str, list[str]]:
-    hits: dict[str, list[str]] = {}
-    for name in names:
-        hits.setdefault(name.rpartition(".")[2], []).append(name)
-    return hits

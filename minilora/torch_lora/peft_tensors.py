@@ -124,3 +124,11 @@ def _wrappable(model: nn.Module) -> dict[str, tuple[type[LoRALayer], tuple[int, 
 def _dtype_in(model: nn.Module, name: str) -> torch.dtype:
     layer = model.get_submodule(name)
     return layer.A.dtype if isinstance(layer, LoRALayer) else torch.float32
+
+
+def hits_by_leaf(names: list[str]) -> dict[str, list[str]]:
+    """Layers' names by their last parts, as an InjectReport has them."""
+    hits: dict[str, list[str]] = {}
+    for name in names:
+        hits.setdefault(name.rpartition(".")[2], []).append(name)
+    return hits

@@ -54,7 +54,7 @@ def fit_whole(
         if key.startswith(PREFIX) and name in state:
             problems += _copy_problems(key, tensors[key], state[name])
         elif copied is None or config.bias != "all" or not key.endswith(".bias"):
-            problems.append(f"{key}: not the name of a LoRA matrix, nor of a tensor that the config says is replaced")
+            problems.append(f"{key}: not the name of an adapter's tensor, nor of one that the config says is replaced")
     both = sorted(layer for layer in adapted if any(name.startswith(f"{layer}.") for name in saved))
     problems += [f"{layer}: the file both adapts it and replaces it whole (modules_to_save)" for layer in both]
     if config.modules_to_save and not saved:

@@ -201,8 +201,8 @@ def test_all_mismatches_are_listed_at_once_and_nothing_is_changed(saved):
         "this adapter does not fit the model:",
         "  base_model.model.k_proj.lora_A.weight: the model has no layer of that name and kind",
         "  base_model.model.q_proj.lora_A.weight: shape (2, 9), the model has (2, 8)",
-        "  base_model.model.q_proj.magnitude: not the name of a LoRA matrix, "
-        "nor of a tensor that the config says is replaced",
+        "  base_model.model.q_proj.magnitude: not the name of an adapter's tensor, "
+        "nor of one that the config says is replaced",
         "  q_proj: has ['B'], ['A', 'B'] are needed",
         "  v_proj: has ['A'], ['A', 'B'] are needed",
     ]
