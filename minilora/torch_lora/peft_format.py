@@ -69,7 +69,7 @@ def save_adapter(
         raise ValueError("this model has no adapter to save: inject(model, targets, wrap) gives it one")
     use_dora = _trains_magnitudes(layers)
     whole, bias, modules = whole_to_write(model)
-    config = config_of(layers, _shortest_targets(model, layers)) | {
+    config = config_of(layers, shortest_targets(model, layers)) | {
         "base_model_name_or_path": base_name,
         "bias": bias,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
@@ -135,7 +135,7 @@ def load_adapter(
     if train_replaced:
         refuse_to_train_without_floats(model, list(in_model(model, whole)))
     _warn_of_idle_patterns(config, settings)
-    _warn_of_another_base(metadata.get("base_sha256"), base_sha256)
+    warn_of_another_base(metadata.get("base_sha256"), base_sha256)
     trained_over = metadata.get(BASE_FORM, "")
     warn_of_untying(model, in_model(model, whole).keys() - replaced_tensors(model).keys())
     if not adapter_layers(model):
@@ -174,7 +174,7 @@ def stored_as(base: StoresNoFloats) -> str:
     return getattr(base, "stored_as", type(base).__name__)
 
 
-def _shortest_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+def shortest_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     """Name the layers by their last parts, or by their whole names where the last parts hit other modules too."""
     leaves = {name.rpartition(".")[2] for name in layers}
     inside = tuple(f"{name}." for name in layers)
@@ -273,7 +273,8 @@ def _warn_of_idle_patterns(config: AdapterConfig, settings: Mapping[str, LoRACon
         )
 
 
-def _warn_of_another_base(theirs: str | None, ours: str | None) -> None:
+def warn_of_another_base(theirs: str | None, ours: str | None) -> None:
+    """Warn where the base that a file names is not this one, where both are known."""
     if theirs and ours and theirs != ours:
         warnings.warn(
             f"this adapter was trained on a base with SHA-256 {theirs[:12]}…, this base has {ours[:12]}…: "
