@@ -3,6 +3,7 @@
 from minilora.methods.adalora import AdaLoRAConv1D, AdaLoRALinear, adalora_layer, orthogonality, rank_report, to_lora
 from minilora.methods.adalora_budget import RankAllocator, RankSchedule
 from minilora.methods.dora import DoRAConv1D, DoRALinear, dora_layer
+from minilora.methods.galore import GaLoreAdamW
 from minilora.methods.layer_for import layer_for
 from minilora.methods.loraplus import loraplus_groups
 
@@ -11,6 +12,7 @@ __all__ = [
     "AdaLoRALinear",
     "DoRAConv1D",
     "DoRALinear",
+    "GaLoreAdamW",
     "RankAllocator",
     "RankSchedule",
     "adalora_layer",
