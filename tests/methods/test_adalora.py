@@ -36,6 +36,8 @@ from minilora.torch_lora import (
 from minilora.torch_lora.adapter_layer import dense_weight
 from minilora.torch_lora.consumers import acceptance
 from minilora.torch_lora.inject import adapter_layers, lora_layers
+from minilora.train.data import collate, mask_prompt
+from minilora.train.trainer import train, whole_batch
 
 
 def trained(base: nn.Module, **settings) -> AdaLoRALinear:
@@ -346,6 +348,35 @@ def test_the_optimizer_can_call_it_and_a_late_call_is_told():
     with pytest.raises(ValueError, match="step 2 follows 0"):
         late.step(2)
     assert late.done == 0
+
+
+class TinyLanguageModel(nn.Module):
+    """It remembers one token, and is shaped as `train` wants it: `.model` and `.lm_head`."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Embedding(12, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+        self.lm_head = nn.Linear(16, 12, bias=False)
+
+
+def test_the_trainer_trains_it_with_the_penalty_and_the_budget():
+    model = TinyLanguageModel()
+    inject(model, ["model.1", "model.2", "lm_head"], lambda base: adalora_layer(base, r=8, alpha=16))
+    batch = collate([mask_prompt([1, 2], [3, 4, 5], eos=0), mask_prompt([6], [7], eos=0)], pad=0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    allocator = RankAllocator(model, RankSchedule(target_r=4, n_steps=60, t_init=20, t_final=20))
+    optimizer.register_step_post_hook(lambda *_: allocator.step(allocator.done + 1))
+
+    def gradients(model, batch):
+        loss = whole_batch(model, batch)
+        (0.1 * orthogonality(model)).backward()
+        return loss
+
+    before = orthogonality(model).item()
+    training = train(model, [batch] * 60, optimizer, gradients=gradients)
+    assert training.steps[-1].loss < training.steps[0].loss / 10
+    assert orthogonality(model) < before / 2
+    assert sum(rank for rank, _ in rank_report(model).ranks.values()) == 12
 
 
 @pytest.mark.parametrize(
