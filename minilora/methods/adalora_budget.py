@@ -75,8 +75,8 @@ class RankSchedule:
         return int((first - last) * share_left**3 + last)
 
     def prunes(self, number: int) -> bool:
-        """Whether triplets are chosen anew after this step."""
-        return number == self.end or (self.t_init < number < self.end and number % self.delta_t == 0)
+        """Whether triplets are chosen anew after this step; up to t_init the budget lets all of them stay."""
+        return number == self.end or (number < self.end and number % self.delta_t == 0)
 
 
 class RankAllocator:
@@ -127,7 +127,7 @@ class RankAllocator:
         self.done = number
 
     def scores(self) -> dict[str, Float[Tensor, "r"]]:
-        """The importance S of every triplet, by layer.
+        """The importance S of every triplet, by layer, as long as the choice is not final.
 
         S_k = s(Λ_k) + mean s(P_k) + mean s(Q_k)    with s = Ī · Ū          [AdaLoRA] section 3.2
         """

@@ -34,7 +34,7 @@ class GaLoreAdamW(Optimizer):
         W ← (1 − lr · weight_decay) W − lr · scale · project_back(M̂ / (√V̂ + eps))            [GaLore] algorithm 2
 
     Vectors, and matrices with a side of r or less, of which a projection would save nothing, have plain AdamW; so have
-    the parameters of a group with r=None, which the paper asks for embeddings and heads:
+    the parameters of a group with r=None, which for the authors are all but the matrices of attention and MLP:
 
         GaLoreAdamW([{"params": matrices}, {"params": others, "r": None}], lr=1e-3, r=128)
 

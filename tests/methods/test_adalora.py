@@ -280,6 +280,7 @@ def test_of_equal_triplets_exactly_as_many_go_as_the_budget_says():
 
 
 def test_a_value_that_comes_back_counts_until_the_choice_is_final():
+    assert adalora_layer(nn.Linear(12, 8), r=3, alpha=6).in_use().all()  # though its values are zero
     layer = trained(nn.Linear(12, 8))
     layer.prune(torch.tensor([True, False, True]))
     assert layer.E[1] == 0
