@@ -32,7 +32,15 @@ from minilora.methods.adalora import (
 from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.inject import adapter_layers, inject
 from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, problems_in, read_json_object
-from minilora.torch_lora.peft_format import TENSOR_FILE, shortest_targets, warn_of_another_base, write_adapter
+from minilora.torch_lora.peft_format import (
+    BASE_FORM,
+    TENSOR_FILE,
+    form_of_bases,
+    shortest_targets,
+    warn_of_another_base,
+    warn_of_another_form,
+    write_adapter,
+)
 from minilora.torch_lora.peft_tensors import read_tensors
 from minilora.torch_lora.peft_whole import PREFIX, fit_whole, in_model, is_finite_in, whole_to_write
 from minilora.torch_lora.replaced import replace_tensors, replaced_tensors, warn_of_untying
@@ -81,7 +89,8 @@ def save_adalora(
         for name, layer in layers.items()
         for letter, tensor in _triplets(layer, chosen[name]).items()
     }
-    write_adapter(folder, config, tensors | whole, {"base_sha256": base_sha256} if base_sha256 else {})
+    metadata = {"base_sha256": base_sha256, BASE_FORM: form_of_bases(layers)}
+    write_adapter(folder, config, tensors | whole, {key: text for key, text in metadata.items() if text})
 
 
 def load_adalora(model: nn.Module, folder: str | Path, *, base_sha256: str | None = None) -> RankReport:
@@ -105,7 +114,9 @@ def load_adalora(model: nn.Module, folder: str | Path, *, base_sha256: str | Non
         its = config.settings
         targets = [re.compile(re.escape(name)) for name in found]
         inject(model, targets, lambda base: adalora_layer(base, r=its.r, alpha=its.alpha, dropout=its.dropout))
-    for name, layer in adalora_layers(model).items():
+    layers = adalora_layers(model)
+    warn_of_another_form(metadata.get(BASE_FORM, ""), form_of_bases(layers))
+    for name, layer in layers.items():
         _fill(layer, found[name], config.kept_of(name))
     replace_tensors(model, in_model(model, whole), trainable=False)
     return rank_report(model)

@@ -141,7 +141,7 @@ def load_adapter(
     if not adapter_layers(model):
         _inject_by_name(model, config, sorted(pairs), wrap, set(whole) if train_replaced else set())
     layers = lora_like(adapter_layers(model))
-    _warn_of_another_form(trained_over, form_of_bases(layers))
+    warn_of_another_form(trained_over, form_of_bases(layers))
     with torch.no_grad():
         for name, pair in pairs.items():
             for ours, tensor in layers[name].adapter_tensors().items():
@@ -283,7 +283,8 @@ def warn_of_another_base(theirs: str | None, ours: str | None) -> None:
         )
 
 
-def _warn_of_another_form(theirs: str, ours: str) -> None:
+def warn_of_another_form(theirs: str, ours: str) -> None:
+    """Warn where the base is not stored here as it was when the adapter was trained over it."""
     if theirs and theirs != ours:
         warnings.warn(
             f"this adapter was trained over a base stored as {theirs}, here it is over {ours or 'floats'}: it answers "

@@ -506,6 +506,18 @@ def test_files_come_back(tmp_path, kept):
             assert torch.equal(layer.E, wanted.E)
 
 
+@torch.no_grad()
+def test_a_file_says_that_its_base_was_in_4_bits(tmp_path):
+    model, x = nn.Sequential(NF4Linear(nn.Linear(12, 8))), torch.randn(5, 12)
+    again, floats = copy.deepcopy(model), nn.Sequential(nn.Linear(12, 8))
+    inject(model, ["0"], lambda base: trained(base))
+    save_adalora(model, tmp_path)
+    load_adalora(again, tmp_path)
+    assert torch.equal(again(x), model(x))
+    with pytest.warns(UserWarning, match="nf4"):
+        load_adalora(floats, tmp_path)
+
+
 def test_an_adapter_that_does_not_fit_is_refused_whole(tmp_path):
     save_adalora(pruned(**UNEVEN), tmp_path)
     small = nn.ModuleDict({"first": nn.Linear(12, 11), "second": nn.Embedding(10, 8)})
