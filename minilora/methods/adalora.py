@@ -170,8 +170,8 @@ def rank_report(model: nn.Module) -> RankReport:
 def to_lora(model: nn.Module) -> RankReport:
     """Replace every AdaLoRA layer by a plain LoRA layer of its own rank, in place; one without rank by its base.
 
-    The model computes the same; save_adapter writes it with the ranks that were found, one factor for all layers, so
-    that whatever reads LoRA opens it.
+    The model computes the same. save_adapter writes it with the ranks that were found and one scaling for all layers,
+    which PEFT and vLLM read alike; for llama.cpp, train/export writes it.
 
     Raises:
         ValueError: if the model has no AdaLoRA layer, one is merged, or none has any rank left; nothing is

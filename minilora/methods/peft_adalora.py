@@ -246,7 +246,8 @@ def _misfits(model: nn.Module, name: str, its: Mapping[str, Tensor], config: Ada
         kind, base = (AdaLoRAConv1D if AdaLoRAConv1D.accepts(module) else AdaLoRALinear), module
     if not kind.accepts(base):
         return [f"{name}: the model has no linear layer of that name"]
-    (in_features, out_features), k = kind.features(base), int(config.kept_of(name).sum())
+    in_features, out_features = kind.features(base)
+    k = sum(config.kept[name]) if name in config.kept else config.settings.r
     needed = {"A": (k, in_features), "B": (out_features, k), "E": (k, 1)}
     problems = [f"{name}{SUFFIXES[letter]}: missing from the file" for letter in needed.keys() - its]
     for letter, tensor in its.items():

@@ -547,6 +547,8 @@ def test_an_adapter_that_does_not_fit_is_refused_whole(tmp_path):
         ({"peft_type": "LORA"}, "this reader knows 'ADALORA'"),
         ({"use_dora": True}, "AdaLoRA has no magnitudes"),
         ({"init_r": 0}, "init_r = 0: a whole number"),
+        ({"init_r": 10**12}, r"first.lora_A: shape \(4, 12\), \(1000000000000, 12\) is needed"),
+        ({"lora_alpha": "6"}, "lora_alpha = '6': a number is needed"),
         ({"rank_pattern": {"first.lora_E": [True]}}, "names are needed, each with init_r times true or false"),
         ({"rank_pattern": {"nowhere.lora_E": [True] * 4}}, "the file has no such layer"),
         ({"rank_pattern": {"first.lora_E": [False] * 4}}, r"first.lora_A: shape \(4, 12\), \(0, 12\) is needed"),
