@@ -21,6 +21,7 @@ SHAPES_CHECKED = [
     "minilora.cpu.linear",
     "minilora.cpu.products",
     "minilora.torch_lora",
+    "minilora.methods",
     "minilora.qlora.codebooks",
     "minilora.qlora.blockwise",
     "minilora.qlora.linear",

@@ -1,6 +1,9 @@
 """The family: what others made of LoRA, one paper a file, each over a whole layer or model of the base."""
 
+from minilora.methods.adalora import AdaLoRAConv1D, AdaLoRALinear, adalora_layer, orthogonality, rank_report, to_lora
+from minilora.methods.adalora_budget import RankAllocator, RankSchedule
 from minilora.methods.dora import DoRAConv1D, DoRALinear, dora_layer
+from minilora.methods.galore import GaLoreAdamW
 from minilora.methods.houlsby import HoulsbyLinear
 from minilora.methods.houlsby_format import load_houlsby, save_houlsby
 from minilora.methods.ia3 import IA3Linear, inject_ia3
@@ -9,16 +12,25 @@ from minilora.methods.loraplus import loraplus_groups
 from minilora.methods.peft_ia3 import load_ia3, save_ia3
 
 __all__ = [
+    "AdaLoRAConv1D",
+    "AdaLoRALinear",
     "DoRAConv1D",
     "DoRALinear",
+    "GaLoreAdamW",
     "HoulsbyLinear",
     "IA3Linear",
+    "RankAllocator",
+    "RankSchedule",
+    "adalora_layer",
     "dora_layer",
     "inject_ia3",
     "layer_for",
     "load_houlsby",
     "load_ia3",
     "loraplus_groups",
+    "orthogonality",
+    "rank_report",
     "save_houlsby",
     "save_ia3",
+    "to_lora",
 ]

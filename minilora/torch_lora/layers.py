@@ -116,15 +116,19 @@ class LoRALinear(LoRALayer):
     wraps = "a linear layer"
 
     def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
-        if self.is_merged:
-            return self.base(x)
+        return self.base(x) if self.is_merged else self.with_bypass(x, self.A, self.B)
+
+    def with_bypass(
+        self, x: Float[Tensor, "*n in"], A: Float[Tensor, "r in"], B: Float[Tensor, "out r"]
+    ) -> Float[Tensor, "*n out"]:
+        """base(x) + scaling · (dropout(x) Aᵀ) Bᵀ, for the layer's own A and B, or for what a method makes of them."""
         drops = self.dropout > 0 and self.training
         if drops or not is_frozen_product(self.base) or autocasts(x):
-            return self.base(x) + bypass(x, self.A, self.B, self.scaling, self.dropout, self.training)
+            return self.base(x) + bypass(x, A, B, self.scaling, self.dropout, self.training)
         weight = None
         if not isinstance(self.base, StoresNoFloats):
             weight = self.base.weight.T if self.stores_in_by_out else self.base.weight
-        return lora_linear(x, self.A, self.B, self.scaling, self.base, weight)
+        return lora_linear(x, A, B, self.scaling, self.base, weight)
 
     @property
     def weight(self) -> Tensor:

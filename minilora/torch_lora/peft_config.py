@@ -96,7 +96,7 @@ def read_config(path: Path) -> AdapterConfig:
             with the reasons).
     """
     config = read_json_object(path)
-    problems = _problems(config)
+    problems = problems_in(config)
     if problems:
         raise ValueError(f"{path} describes an adapter that is not plain LoRA:\n  " + "\n  ".join(problems))
     return AdapterConfig(
@@ -189,7 +189,9 @@ def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _problems(config: dict[str, Any]) -> list[str]:
+def problems_in(config: dict[str, Any]) -> list[str]:
+    """What a config asks for that is not read here, one reason a line."""
+
     def say(key: str, reason: str) -> str:
         return f"{reprlib.repr(key)[1:-1]} = {reprlib.repr(config[key])}: {reason}"
 
