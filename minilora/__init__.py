@@ -32,6 +32,8 @@ Papers, as the docstrings name them:
     [Checkpointing]  Chen et al. 2016, arXiv 1604.06174
     [TIES]    Yadav et al. 2023, arXiv 2306.01708    [DARE]    Yu et al. 2023, arXiv 2311.03099
     [DoRA]    Liu et al. 2024, arXiv 2402.09353      [LoRAPlus] Hayou et al. 2024, arXiv 2402.12354
+    [PiSSA]   Meng et al. 2024, arXiv 2404.02948     [OLoRA]  Büyükakyüz 2024, arXiv 2406.01775
+    [LoftQ]   Li et al. 2023, arXiv 2310.08659
     [Halko]          Halko, Martinsson & Tropp 2011, arXiv 0909.4061
     [RoyVetterli]    Roy & Vetterli 2007, The effective rank
 """
