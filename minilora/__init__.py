@@ -34,6 +34,8 @@ Papers, as the docstrings name them:
     [DoRA]    Liu et al. 2024, arXiv 2402.09353      [LoRAPlus] Hayou et al. 2024, arXiv 2402.12354
     [IA3]     Liu et al. 2022, arXiv 2205.05638      [Houlsby] Houlsby et al. 2019, arXiv 1902.00751
     [AdaLoRA] Zhang et al. 2023, arXiv 2303.10512    [GaLore]  Zhao et al. 2024, arXiv 2403.03507
+    [PiSSA]   Meng et al. 2024, arXiv 2404.02948     [OLoRA]  Büyükakyüz 2024, arXiv 2406.01775
+    [LoftQ]   Li et al. 2023, arXiv 2310.08659
     [Halko]          Halko, Martinsson & Tropp 2011, arXiv 0909.4061
     [RoyVetterli]    Roy & Vetterli 2007, The effective rank
 """

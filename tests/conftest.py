@@ -28,6 +28,7 @@ SHAPES_CHECKED = [
     "minilora.qlora.moments",
     "minilora.qlora.paging",
     "minilora.qlora.paged_adamw",
+    "minilora.methods",
     "minilora.llm",
     "minilora.train",
 ]

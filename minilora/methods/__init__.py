@@ -7,6 +7,16 @@ from minilora.methods.galore import GaLoreAdamW
 from minilora.methods.houlsby import HoulsbyLinear
 from minilora.methods.houlsby_format import load_houlsby, save_houlsby
 from minilora.methods.ia3 import IA3Linear, inject_ia3
+from minilora.methods.inits import (
+    LoftQBase,
+    LoftQLinear,
+    OLoRAConv1D,
+    OLoRALinear,
+    PiSSAConv1D,
+    PiSSALinear,
+    olora_layer,
+    pissa_layer,
+)
 from minilora.methods.layer_for import layer_for
 from minilora.methods.loraplus import loraplus_groups
 from minilora.methods.peft_ia3 import load_ia3, save_ia3
@@ -19,6 +29,12 @@ __all__ = [
     "GaLoreAdamW",
     "HoulsbyLinear",
     "IA3Linear",
+    "LoftQBase",
+    "LoftQLinear",
+    "OLoRAConv1D",
+    "OLoRALinear",
+    "PiSSAConv1D",
+    "PiSSALinear",
     "RankAllocator",
     "RankSchedule",
     "adalora_layer",
@@ -28,7 +44,9 @@ __all__ = [
     "load_houlsby",
     "load_ia3",
     "loraplus_groups",
+    "olora_layer",
     "orthogonality",
+    "pissa_layer",
     "rank_report",
     "save_houlsby",
     "save_ia3",

@@ -61,13 +61,9 @@ class AdaLoRALinear(LoRALinear):
         self.A.normal_(std=INIT_STD, generator=generator)
         self.B.normal_(std=INIT_STD, generator=generator)
 
-    def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
-        return self.base(x) if self.is_merged else self.with_bypass(x, self.A, self.B * self.E)
-
-    def delta_weight(self) -> Float[Tensor, "rows columns"]:
-        """Form the update in the layout of the base's weight: scaling · B Λ A."""
-        delta = self.scaling * (self.B * self.E) @ self.A
-        return delta.T if self.stores_in_by_out else delta
+    def low_rank(self) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
+        """Give Q and P Λ."""
+        return self.A, self.B * self.E
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         return super().adapter_tensors() | {"E": self.E}
@@ -83,7 +79,7 @@ class AdaLoRALinear(LoRALinear):
         return self.kept | (self.E != 0)
 
     @torch.no_grad()
-    def as_lora(self) -> LoRALinear | None:
+    def shrunk(self) -> LoRALinear | None:
         """Make a plain LoRA layer over the same base, of the triplets in use alone; None where there are none.
 
             B ← P Λ        A ← Q        alpha ← scaling · their number, so that the scaling stays
@@ -183,7 +179,7 @@ def to_lora(model: nn.Module) -> RankReport:
         raise ValueError(f"{len(merged)} layers are merged, the first is {merged[0]}: unmerge() them first")
     if not any(rank for rank, _ in report.ranks.values()):
         raise ValueError("no layer has any rank left, so there is no LoRA to make: remove(model) takes the layers off")
-    new = {layer: layer.as_lora() or layer.base for layer in layers.values()}
+    new = {layer: layer.shrunk() or layer.base for layer in layers.values()}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, AdaLoRALinear):

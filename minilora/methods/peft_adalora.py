@@ -109,7 +109,8 @@ def load_adalora(model: nn.Module, folder: str | Path, *, base_sha256: str | Non
     tensors, metadata = read_tensors(folder / TENSOR_FILE)
     found, whole = _fit(model, tensors, config)
     warn_of_another_base(metadata.get("base_sha256"), base_sha256)
-    warn_of_untying(model, in_model(model, whole).keys() - replaced_tensors(model).keys())
+    there = replaced_tensors(model)
+    warn_of_untying(model, {name: t for name, t in in_model(model, whole).items() if name not in there})
     if not adapter_layers(model):
         its = config.settings
         targets = [re.compile(re.escape(name)) for name in found]

@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minilora.torch_lora.inject import InjectReport, adapter_layers, inject, lora_layers
-from minilora.torch_lora.layers import kind_of
+from minilora.torch_lora.layers import kind_of, refuse_to_fill
 from minilora.torch_lora.peft_format import lora_layer
 from minilora.torch_lora.replaced import replaced_tensors
 
@@ -201,7 +201,8 @@ def set_updates(
     filled up with zeros, which change nothing (and get no gradients). alpha is r: the scaling is 1.
 
     Raises:
-        ValueError: if the model has an adapter, or the updates do not fit it (all mismatches at once); it is as before.
+        ValueError: if the model has an adapter, the updates do not fit it (all mismatches at once), or `wrap` makes
+            layers that do not begin at zero; it is as before.
     """
     if adapter_layers(model):
         raise ValueError("this model has an adapter already: take it off first with remove(model)")
@@ -209,7 +210,13 @@ def set_updates(
     if problems or not updates:
         raise ValueError("these updates do not fit the model:\n  " + "\n  ".join(problems or ["there are none"]))
     r = max(update.r for update in updates.values())
-    report = inject(model, [re.compile(re.escape(name)) for name in updates], lambda base: wrap(base, r=r, alpha=r))
+
+    def wrap_one(base: nn.Module) -> nn.Module:
+        layer = wrap(base, r=r, alpha=r)
+        refuse_to_fill(layer)
+        return layer
+
+    report = inject(model, [re.compile(re.escape(name)) for name in updates], wrap_one)
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             update = updates[name]

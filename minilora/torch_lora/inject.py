@@ -216,7 +216,7 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Find a model's adapter layers, all of which have to be plain LoRA: A and B, and nothing beside them.
+    """Find a model's adapter layers as plain LoRA: A and B, and nothing beside them.
 
     Raises:
         ValueError: if one is of another method, whose effect A and B alone do not have.
@@ -229,7 +229,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
             f"{len(others)} layers are not plain LoRA, the first is {name}, a {layer.describe()} with "
             f"{sorted(layer.adapter_tensors())}: what they add is not scaling · B A; merge such an adapter instead"
         )
-    return {name: layer for name, layer in layers.items() if isinstance(layer, LoRALayer)}
+    return {name: layer.as_lora() for name, layer in layers.items() if isinstance(layer, LoRALayer)}
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

@@ -80,12 +80,21 @@ class LoRALayer(AdapterLayer):
 
         ΔW = scaling · B A, transposed where the base stores (in, out)
         """
-        delta = self.scaling * self.B @ self.A
+        A, B = self.low_rank()
+        delta = self.scaling * B @ A
         return delta.T if self.stores_in_by_out else delta
 
     def adapt(self, W: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         """Give W′ = W + ΔW."""
         return W + self.delta_weight().to(W.dtype)
+
+    def low_rank(self) -> tuple[Float[Tensor, "_ in"], Float[Tensor, "out _"]]:
+        """Give A and B of the update, scaling · B A: what trains, unless a method makes them of it."""
+        return self.A, self.B
+
+    def as_lora(self) -> "LoRALayer":
+        """Give the plain LoRA layer of the same update, as files and sums of adapters take it: this one itself."""
+        return self
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Give what is trained, by our names."""
@@ -116,12 +125,9 @@ class LoRALinear(LoRALayer):
     wraps = "a linear layer"
 
     def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
-        return self.base(x) if self.is_merged else self.with_bypass(x, self.A, self.B)
-
-    def with_bypass(
-        self, x: Float[Tensor, "*n in"], A: Float[Tensor, "r in"], B: Float[Tensor, "out r"]
-    ) -> Float[Tensor, "*n out"]:
-        """base(x) + scaling · (dropout(x) Aᵀ) Bᵀ, for the layer's own A and B, or for what a method makes of them."""
+        if self.is_merged:
+            return self.base(x)
+        A, B = self.low_rank()
         drops = self.dropout > 0 and self.training
         if drops or not is_frozen_product(self.base) or autocasts(x):
             return self.base(x) + bypass(x, A, B, self.scaling, self.dropout, self.training)
@@ -232,6 +238,19 @@ def refuse_unfit(base: nn.Module, layer: type[AdapterLayer]) -> None:
         raise TypeError(f"{layer.__name__} wraps {layer.wraps}; this is a {type(base).__name__}{way_out}")
     if not isinstance(base, StoresNoFloats):
         refuse_codes(base)
+
+
+def refuse_to_fill(layer: nn.Module) -> None:
+    """Refuse a layer in which A and B of a file, or of a sum, would have another effect than there.
+
+    Raises:
+        ValueError: if its update is not that of its own A and B.
+    """
+    if isinstance(layer, LoRALayer) and layer.as_lora() is not layer:
+        raise ValueError(
+            f"a {layer.describe()} begins with A and B of its own, and what it saves is a plain LoRA of another r: "
+            "remove(model) takes it off, and wrap=lora_layer makes layers for that"
+        )
 
 
 def bypass(

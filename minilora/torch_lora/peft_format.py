@@ -30,7 +30,7 @@ from minilora.torch_lora.inject import (
     inject,
     refuse_to_train_without_floats,
 )
-from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, kind_of
+from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, kind_of, refuse_to_fill
 from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, config_of, config_sha256, read_config
 from minilora.torch_lora.peft_tensors import fit_adapter, hits_by_leaf, matrices_by_key, read_tensors
 from minilora.torch_lora.peft_whole import in_model, whole_to_write
@@ -233,12 +233,12 @@ def _inject_by_name(
 
 
 def lora_like(layers: Mapping[str, nn.Module]) -> dict[str, LoRALayer]:
-    """The same layers, all of which have to be LoRA's, or DoRA's with an m more.
+    """The same layers as LoRA's, or DoRA's with an m more.
 
     Raises:
         ValueError: naming the first that is of another method.
     """
-    found = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALayer)}
+    found = {name: layer.as_lora() for name, layer in layers.items() if isinstance(layer, LoRALayer)}
     odd = [name for name in layers if name not in found or found[name].adapter_tensors().keys() - {"A", "B", "m"}]
     if odd:
         raise ValueError(f"{odd[0]} is a {type(layers[odd[0]]).__name__}: an adapter file of LoRA has no words for it")
@@ -267,6 +267,8 @@ def _refuse_another_method(layers: Mapping[str, nn.Module], config: AdapterConfi
     Raises:
         ValueError: naming the first.
     """
+    for layer in layers.values():
+        refuse_to_fill(layer)
     if layers and _trains_magnitudes(layers) != config.use_dora:
         name, layer = next(iter(layers.items()))
         way_out = "wrap=minilora.methods.dora_layer makes" if config.use_dora else "wrap=lora_layer makes"
