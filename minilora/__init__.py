@@ -32,6 +32,8 @@ Papers, as the docstrings name them:
     [Checkpointing]  Chen et al. 2016, arXiv 1604.06174
     [TIES]    Yadav et al. 2023, arXiv 2306.01708    [DARE]    Yu et al. 2023, arXiv 2311.03099
     [DoRA]    Liu et al. 2024, arXiv 2402.09353      [LoRAPlus] Hayou et al. 2024, arXiv 2402.12354
+    [PrefixTuning]   Li & Liang 2021, arXiv 2101.00190
+    [PromptTuning]   Lester et al. 2021, arXiv 2104.08691
     [Halko]          Halko, Martinsson & Tropp 2011, arXiv 0909.4061
     [RoyVetterli]    Roy & Vetterli 2007, The effective rank
 """

@@ -28,6 +28,7 @@ SHAPES_CHECKED = [
     "minilora.qlora.paging",
     "minilora.qlora.paged_adamw",
     "minilora.llm",
+    "minilora.methods.prompt",
     "minilora.train",
 ]
 collect_ignore_glob = [

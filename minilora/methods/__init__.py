@@ -3,5 +3,6 @@
 from minilora.methods.dora import DoRAConv1D, DoRALinear, dora_layer
 from minilora.methods.layer_for import layer_for
 from minilora.methods.loraplus import loraplus_groups
+from minilora.methods.prompt import PrefixTuning, PromptTuning
 
-__all__ = ["DoRAConv1D", "DoRALinear", "dora_layer", "layer_for", "loraplus_groups"]
+__all__ = ["DoRAConv1D", "DoRALinear", "PrefixTuning", "PromptTuning", "dora_layer", "layer_for", "loraplus_groups"]
