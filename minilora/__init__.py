@@ -36,6 +36,8 @@ Papers, as the docstrings name them:
     [AdaLoRA] Zhang et al. 2023, arXiv 2303.10512    [GaLore]  Zhao et al. 2024, arXiv 2403.03507
     [PiSSA]   Meng et al. 2024, arXiv 2404.02948     [OLoRA]  Büyükakyüz 2024, arXiv 2406.01775
     [LoftQ]   Li et al. 2023, arXiv 2310.08659
+    [PrefixTuning]   Li & Liang 2021, arXiv 2101.00190
+    [PromptTuning]   Lester et al. 2021, arXiv 2104.08691
     [Halko]          Halko, Martinsson & Tropp 2011, arXiv 0909.4061
     [RoyVetterli]    Roy & Vetterli 2007, The effective rank
 """

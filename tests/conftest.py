@@ -30,6 +30,7 @@ SHAPES_CHECKED = [
     "minilora.qlora.paged_adamw",
     "minilora.methods",
     "minilora.llm",
+    "minilora.methods.prompt",
     "minilora.train",
 ]
 collect_ignore_glob = [

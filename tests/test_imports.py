@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "torch_lora": {"files", "cpu"},
     "llm": {"files", "cpu"},
     "qlora": {"torch_lora", "cpu", "numpy_lora.nf4"},
-    "methods": {"torch_lora", "qlora"},
+    "methods": {"torch_lora", "qlora", "llm"},
     "train": {"files", "torch_lora", "methods", "qlora", "llm", "cpu"},
     "classroom": {"files", "numpy_lora", "torch_lora", "llm", "qlora", "methods", "train"},
     "cli": set(),

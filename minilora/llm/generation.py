@@ -136,7 +136,8 @@ def _next_logits(
     model: Decoder, tokens: Int[Tensor, "batch seq"], is_real: Bool[Tensor, "batch total"], cache: KVCache
 ) -> Float[Tensor, "batch vocab"]:
     """Read the new tokens and return the logits of the last one alone: the head is a fifth of a small model's work."""
-    past, total = cache.length, is_real.shape[1]
+    total = is_real.shape[1]
+    past = total - tokens.shape[1]  # of the prompt and answer; before these the cache may hold what a method learnt
     positions, mask = None, None
     if not is_real.all():
         positions = (is_real.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
@@ -165,7 +166,7 @@ def _check(
         problems.append(f"top_p is {top_p}: use a share of the probability, above 0 and up to 1")
     if max_new_tokens < 0:
         problems.append(f"max_new_tokens is {max_new_tokens}: use 0 or more")
-    vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
+    vocab_size, max_seq_len = model.config.vocab_size, model.model.config.max_seq_len
     for number, prompt in enumerate(prompts):
         if not prompt:
             problems.append(f"prompt {number} is empty: begin it with at least one token, such as the tokenizer's bos")

@@ -121,6 +121,8 @@ class KVCache:
     With it a model reads only its new tokens: `length` counts those read before.
     """
 
+    in_place = True  # new keys and values are written into `room`; a cache through which gradients flow has none
+
     def __init__(self, n_layers: int, max_tokens: int) -> None:
         self.n_layers = n_layers
         self.max_tokens = max_tokens
@@ -166,7 +168,7 @@ class KVCache:
 def is_one_token(cache: KVCache, *projected: Float[Tensor, "batch seq _"]) -> bool:
     """Whether a new token a row is read, as generating text does it, where cpu/one_token is faster than torch."""
     batch, seq, _ = projected[0].shape
-    usual = seq == 1 and 0 < batch * cache.length <= MOST_TOKENS
+    usual = seq == 1 and 0 < batch * cache.length <= MOST_TOKENS and cache.in_place
     return usual and are_bfloat16(*projected) and not any(t.requires_grad for t in projected)
 
 
@@ -321,19 +323,34 @@ class Transformer(nn.Module):
         Raises:
             ValueError: if tokens are shared and positions, a mask or a cache could tell the rows apart.
         """
+        return self.read(self.embed_tokens(tokens), positions=positions, mask=mask, cache=cache, shared=shared)
+
+    def read(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        *,
+        positions: Int[Tensor, "rows seq"] | None = None,
+        mask: Bool[Tensor, "batch seq total"] | None = None,
+        cache: KVCache | None = None,
+        shared: int = 0,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """What `forward` makes of vectors that stand for tokens: their embeddings, or others.
+
+        Raises:
+            ValueError: if vectors are shared and positions, a mask or a cache could tell the rows apart.
+        """
         if shared and not (positions is None and mask is None and cache is None):
             raise ValueError("rows share tokens only where all are read at the same place: no positions, mask or cache")
-        past, seq = (cache.length if cache else 0), tokens.shape[1]
+        past, (batch, seq, _) = (cache.length if cache else 0), x.shape
         if positions is None:
-            positions = torch.arange(past, past + seq, device=tokens.device)[None]
+            positions = torch.arange(past, past + seq, device=x.device)[None]
         if mask is None and past > 0 and seq > 1:
-            mask = causal_mask(seq, past, tokens.device).expand(len(tokens), -1, -1)
+            mask = causal_mask(seq, past, x.device).expand(batch, -1, -1)
         if mask is not None:
             mask = mask[:, None]  # (batch, 1, seq, total): the same for every head
-        x = self.embed_tokens(tokens)
         rotation = rotation_of(self.config, positions, x.dtype)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
-        prefix = (len(tokens), shared) if shared else None
+        prefix = (batch, shared) if shared else None
         x = together(x, shared) if shared else x
         for layer in self.layers:
             given = rotation, mask, None if recompute else cache, prefix
@@ -341,7 +358,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length += seq
         x = self.norm(x)
-        return apart(x, len(tokens), shared) if shared else x
+        return apart(x, batch, shared) if shared else x
 
 
 class Decoder(nn.Module):

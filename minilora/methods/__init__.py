@@ -20,6 +20,7 @@ from minilora.methods.inits import (
 from minilora.methods.layer_for import layer_for
 from minilora.methods.loraplus import loraplus_groups
 from minilora.methods.peft_ia3 import load_ia3, save_ia3
+from minilora.methods.prompt import PrefixTuning, PromptTuning
 
 __all__ = [
     "AdaLoRAConv1D",
@@ -35,6 +36,8 @@ __all__ = [
     "OLoRALinear",
     "PiSSAConv1D",
     "PiSSALinear",
+    "PrefixTuning",
+    "PromptTuning",
     "RankAllocator",
     "RankSchedule",
     "adalora_layer",

@@ -282,9 +282,7 @@ def test_after_more_steps_the_file_is_of_another_base_and_says_so(tmp_path):
     inject(model, ["1"], lambda base: wrap(base, r=8, alpha=4))
     assert not torch.equal(model[1].base.packed, NF4Linear(linear).packed)
     save_adapter(model, tmp_path)
-    with pytest.warns(
-        UserWarning, match=r"LoftQ's after 3 steps with r=8, here over nf4, block_size=64, double:"
-    ):
+    with pytest.warns(UserWarning, match=r"LoftQ's after 3 steps with r=8, here over nf4, block_size=64, double:"):
         load_adapter(qlora, tmp_path, QLoRALinear)
     load_adapter(again, tmp_path, wrap)
     assert torch.equal(again(x), model(x))
