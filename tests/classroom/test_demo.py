@@ -26,8 +26,9 @@ from minilora.llm.load import load_model
 from minilora.llm.model import Decoder, Origin
 from minilora.llm.tokenizer import load_tokenizer
 from minilora.qlora import QLoRALinear
-from minilora.torch_lora import LoRALinear, inject, load_adapter
+from minilora.torch_lora import LoRALinear, inject
 from minilora.torch_lora.inject import ALL_LINEAR, adapter_layers
+from minilora.train.adapted import put_adapter
 from minilora.train.extraction import KEYS
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
@@ -101,7 +102,7 @@ def test_every_linear_layer_but_the_head_is_trained(run):
 def test_the_adapter_on_disk_is_the_one_that_was_trained(run):
     result, out = run
     model = tiny_model(49152)
-    load_adapter(model, out / "adapter")
+    put_adapter(model, out / "adapter")
 
     reloaded = {name: update_spectrum(layer) for name, layer in adapter_layers(model).items()}
     assert reloaded == result.spectrum
