@@ -170,7 +170,7 @@ MUTANTS = [
     Mutant("the hidden states are shifted by one", "prompt.py", "shared=shared)[:, n:]", "shared=shared)[:, n - 1 : -1]"),
     Mutant("the prompt looks at the text behind it", "prompt.py", "own_mask = F.pad(causal_mask(n, 0, mask.device), (0, mask.shape[2] - n))", "own_mask = F.pad(causal_mask(n, 0, mask.device), (0, mask.shape[2] - n), value=True)"),
     Mutant("the prompt stands behind the text", "prompt.py", "torch.cat([self.P.to(text.dtype).expand(batch, -1, -1), text], dim=1)", "torch.cat([text, self.P.to(text.dtype).expand(batch, -1, -1)], dim=1)"),
-    Mutant("the prompt is not counted among the shared", "prompt.py", "shared + n if shared else 0", "shared"),
+    Mutant("more tokens are taken for shared than rows begin with", "prompt.py", "shared + n if shared else 0", "shared + 2 * n if shared else 0"),
     Mutant("a prefix is trained through recomputed layers", "prompt.py", "if self.base.gradient_checkpointing and torch.is_grad_enabled():", "if False:"),
     Mutant("a cache that trains is written in place", "prompt.py", "    in_place = False", "    in_place = True"),
     Mutant("P' is saved, and not what the MLP computes", "peft_prompt.py", "layer.prefix() if isinstance(layer, PrefixTuning) else layer.P", "layer.P"),
