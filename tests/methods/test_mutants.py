@@ -28,9 +28,7 @@ def test_it_is_caught(mutant: Mutant, tmp_path: Path):
     settings = ["-c", str(HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     told = ""
-    for name in TESTS[
-        mutant.file
-    ]:  # those against PEFT, which take seconds to import it, only where others see nothing
+    for name in TESTS[mutant.file]:  # one after the other: PEFT takes seconds to import, and is seldom needed
         command = [sys.executable, "-m", "pytest", "-q", "-x", *settings, str(HERE / name)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         told += done.stdout
