@@ -99,7 +99,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base", default="smollm2-135m", metavar="MODEL", help="a name, or a folder (default %(default)s)")
     _add_template(parser)
     add("--max-tokens", type=int, metavar="N", help="drop longer samples, and say which")
-    add("--method", choices=("lora", "qlora"), default="lora", help="over the weights or 4 bits (default %(default)s)")
+    told = "lora or dora over the weights, qlora over 4 bits (default %(default)s)"
+    add("--method", choices=("lora", "dora", "qlora"), default="lora", help=told)
     add("-r", "--r", type=int, default=16, metavar="RANK", help="rank of the adapter (default %(default)s)")
     add("--alpha", type=float, metavar="A", help="the update is scaled by alpha / r (default 2 r)")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(r) instead: rsLoRA")

@@ -39,13 +39,15 @@ ROWS = {
     "logits": "logits, loss (estimate)",
 }
 
+COMPARED = ("full", "lora", "qlora")  # side by side, where no method is named
+
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `minilora size`, in place."""
     usual = Setup()
     parser.add_argument("model", nargs="?", help="a name (--list shows them), a config.json, or the folder of one")
     parser.add_argument("--list", action="store_true", help="the architectures that are known by name")
-    parser.add_argument("--method", choices=METHODS, help="how it is trained (default: all three, side by side)")
+    parser.add_argument("--method", choices=METHODS, help="how it is trained (default: full, lora and qlora)")
     parser.add_argument(
         "-r", "--r", type=int, default=usual.r, metavar="RANK", help="LoRA's rank (default %(default)s)"
     )
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         checkpointing=args.checkpointing,
         master_weights=not args.no_master_weights,
     )
-    methods = (args.method,) if args.method else METHODS
+    methods = (args.method,) if args.method else COMPARED
     numbers = size_numbers(args.model, arch, setup, methods)
     print(json.dumps(numbers, indent=2) if args.json else size_report(args.model, arch, setup, methods))
     return 0
@@ -116,7 +118,7 @@ def size_numbers(name: str, arch: Architecture, setup: Setup, methods: tuple[str
     return numbers
 
 
-def size_report(name: str, arch: Architecture, setup: Setup, methods: tuple[str, ...] = METHODS) -> str:
+def size_report(name: str, arch: Architecture, setup: Setup, methods: tuple[str, ...] = COMPARED) -> str:
     """The report of `minilora size`. With one method, the memory is explained part by part; with more, compared.
 
     >>> print(size_report("gpt2", ARCHITECTURES["gpt2"], Setup(targets=("c_attn",))).splitlines()[0])
@@ -225,10 +227,11 @@ def _explained(arch: Architecture, setup: Setup) -> list[str]:
 
 def _reasons(setup: Setup) -> dict[str, str]:
     """What each part of the memory is made of."""
+    dora = ", magnitudes" if setup.method == "dora" else ""
     return {
         "weights": f"4.127 bits in linear layers, {setup.dtype} elsewhere" if setup.method == "qlora" else setup.dtype,
-        "adapter": "A and B",
-        "gradients": f"{setup.dtype}, of all parameters" if setup.is_full else "fp32, of A and B",
+        "adapter": f"A and B{dora}{', and the lengths of the rows' * bool(dora)}",
+        "gradients": f"{setup.dtype}, of all parameters" if setup.is_full else f"fp32, of A and B{dora}",
         "optimizer": "two moments in 8 bits" if setup.optimizer == "adamw-8bit" else "two moments in fp32",
         "master": "the optimizer updates this, and rounds it to the weights",
         "activations": "kept for the backward pass, or alive beside it:",

@@ -10,6 +10,7 @@ tensors of single operations.
 
     full    every parameter is trained
     lora    A and B are trained, in fp32, beside the frozen model
+    dora    and a magnitude for each output, beside the squared length of each row of the frozen weight
     qlora   the same over linear layers of 4.127 bits a weight; embeddings, head and norms stay as they are
 
 Read before this file: architectures.
@@ -35,12 +36,13 @@ from minilora.llm.architectures import (
     parameter_shapes,
 )
 
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "lora", "dora", "qlora")
 OPTIMIZERS = ("adamw", "adamw-8bit", "sgd")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SAFETENSORS_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 MIN_8BIT_SIZE = 4096  # bitsandbytes keeps the state of a smaller tensor in fp32
 STATE_BLOCK_SIZE = 256  # 8-bit state values that share an absmax
+KEPT_ANYHOW = ("v_proj", "gate_proj", "up_proj")  # whose results the backward of attention and of SwiGLU asks for
 LOSS_CHUNK_TOKENS = 256  # whose logits the loss makes at a time: 25 MB of bf16 for SmolLM2; more is no faster
 
 Targets = str | Sequence[str]
@@ -274,12 +276,14 @@ def training_bytes(arch: Architecture, setup: Setup) -> TrainingBytes:
     """
     if arch.n_positions and setup.seq > arch.n_positions:
         raise ValueError(f"a sequence of {setup.seq} tokens is too long: this model has {arch.n_positions} positions")
-    trained = parameter_shapes(arch) if setup.is_full else adapter_shapes(arch, setup.r, setup.targets)
+    is_dora = setup.method == "dora"
+    trained = parameter_shapes(arch) if setup.is_full else adapter_shapes(arch, setup.r, setup.targets, is_dora)
     n_trained = count(trained.values())
+    row_lengths = 4 * sum(y.out_features for y in match_targets(arch, setup.targets).values()) if is_dora else 0
     has_master = setup.is_full and setup.master_weights and setup.width_bytes < 4
     return TrainingBytes(
         weights=weight_bytes(arch, setup.method, setup.dtype),
-        adapter=0 if setup.is_full else 4 * n_trained,
+        adapter=0 if setup.is_full else 4 * n_trained + row_lengths,
         gradients=n_trained * (setup.width_bytes if setup.is_full else 4),
         optimizer=optimizer_bytes(trained.values(), setup.optimizer),
         master=4 * n_trained if has_master else 0,
@@ -298,6 +302,7 @@ def saved_per_token(arch: Architecture, setup: Setup, trained: Collection[Linear
     width_bytes, i = setup.width_bytes, arch.intermediate
     q, kv = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
     inputs = {linear.reads: linear.in_features for linear in trained}
+    results = [y.out_features for y in trained if y.name.rpartition(".")[2] not in KEPT_ANYHOW]
     attention = {"attention: output and log-sum": q * width_bytes + 4 * arch.n_heads}
     if arch.family == "llama":
         norms = {"norms: input, and a scale in fp32": 2 * (arch.hidden * width_bytes + 4)}
@@ -317,6 +322,7 @@ def saved_per_token(arch: Architecture, setup: Setup, trained: Collection[Linear
         **mlp,
         "inputs of trained matrices": sum(inputs.values()) * width_bytes,
         "adapters: x Aᵀ": 0 if setup.is_full else len(trained) * setup.r * width_bytes,
+        "DoRA: results that nothing else keeps": width_bytes * sum(results) if setup.method == "dora" else 0,
     }
 
 

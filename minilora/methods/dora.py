@@ -102,14 +102,22 @@ class DoRAConv1D(DoRALinear, LoRAConv1D):
     """DoRA over GPT-2's `Conv1D`, which stores its weight as (in, out): one magnitude per output all the same."""
 
 
-def dora_layer(base: nn.Module, *, r: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False) -> DoRALinear:
+def dora_layer(
+    base: nn.Module,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    generator: torch.Generator | None = None,
+) -> DoRALinear:
     """Wrap a base layer in the DoRA layer of its kind: the `wrap` of inject and load_adapter.
 
     Raises:
         TypeError: if the base is neither linear nor a Conv1D.
     """
     kind = DoRAConv1D if DoRAConv1D.accepts(base) else DoRALinear
-    return kind(base, r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+    return kind(base, r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora, generator=generator)
 
 
 def rescaled(

@@ -27,6 +27,7 @@ from torch import nn
 from minilora.files import is_unfinished, remove_unfinished_in, write_whole
 from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer, read_json
+from minilora.methods import dora_layer
 from minilora.qlora.linear import DEFAULT_FORM, kept_as
 from minilora.torch_lora import inject, lora_layer, save_adapter
 from minilora.torch_lora.config import LoRAConfig
@@ -40,8 +41,11 @@ from minilora.train.plan import Plan, planned, targets_of
 from minilora.train.templates import MODEL, TEMPLATE_FILE, with_template
 from minilora.train.trainer import CTRL_C, Training
 
-Keep = Callable[[nn.Module], nn.Module]
-KEPT: Mapping[str, Keep] = {"lora": lambda base: base, "qlora": kept_as(DEFAULT_FORM)}  # what lies under the adapter
+METHODS: Mapping[str, tuple[Callable[[nn.Module], nn.Module], Callable[..., nn.Module]]] = {
+    "lora": (lambda base: base, lora_layer),
+    "dora": (lambda base: base, dora_layer),
+    "qlora": (kept_as(DEFAULT_FORM), lora_layer),
+}  # what becomes of the base, and the layer over it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RUN, CHECKPOINT, BEST = "run.json", "checkpoint.safetensors", "best"
 INTERRUPTED = 130  # exit code
@@ -136,11 +140,11 @@ def make_ready(out: Path, args: argparse.Namespace, *, resume: bool) -> None:
 
 def put_new_adapter(model: Decoder, args: argparse.Namespace, lora: LoRAConfig) -> None:
     """Wrap the targets of a model, in place, and say how many numbers train."""
-    keep, start = KEPT[args.method], torch.Generator().manual_seed(args.seed)
+    (keep, wrap), start = METHODS[args.method], torch.Generator().manual_seed(args.seed)
     report = inject(
         model,
         targets_of(args),
-        lambda base: lora_layer(
+        lambda base: wrap(
             keep(base), r=lora.r, alpha=lora.alpha, dropout=lora.dropout, use_rslora=lora.use_rslora, generator=start
         ),
     )

@@ -398,7 +398,7 @@ def test_only_a_trained_head_has_a_gradient():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"method": "dora"}, "no method is named 'dora'; there are full, lora, qlora"),
+        ({"method": "lisa"}, "no method is named 'lisa'; there are full, lora, dora, qlora"),
         ({"dtype": "int8"}, "no dtype is named 'int8'; there are fp32, bf16, fp16"),
         ({"optimizer": "adam"}, "no optimizer is named 'adam'; there are adamw, adamw-8bit, sgd"),
         ({"r": 0}, "r is 0: it must be 1 or more"),

@@ -27,7 +27,7 @@ def data(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
 def test_it_leaves_an_adapter_that_opens(method, data, tmp_path, capsys):
     out = tmp_path / "adapter"
     words = ["train", "--data", str(data), "--out", str(out), "--method", method, "-r", "2", "--batch", "2"]
@@ -38,6 +38,7 @@ def test_it_leaves_an_adapter_that_opens(method, data, tmp_path, capsys):
     put_adapter(model, out)
     layers = adapter_layers(model)
     assert {type(layer.base) is NF4Linear for layer in layers.values()} == {method == "qlora"}
+    assert {"m" in layer.adapter_tensors() for layer in layers.values()} == {method == "dora"}
     assert len(layers) == 210
     assert all(layer.r == 2 and layer.alpha == 4 and layer.B.any() for layer in layers.values())
 

@@ -252,7 +252,7 @@ def test_ctrl_c_in_one_process_stops_both_at_the_same_step(words, tmp_path):
     workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(workers[1]), signal.SIGINT)
 
-    assert f"go on    minilora resume {out}" in finish(run)
+    assert f"go on    torchrun --nproc-per-node 2 -m minilora.cli resume {out}" in finish(run)
     assert read_checkpoint(out / "checkpoint.safetensors").step == len(losses_in(out)) < 4000
 
 

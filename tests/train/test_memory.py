@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minilora.llm import load_model
 from minilora.llm.architectures import ARCHITECTURES
 from minilora.llm.sizes import Setup, training_bytes
+from minilora.methods import DoRALinear
 from minilora.qlora import PagedAdamW, QLoRALinear
 from minilora.torch_lora import LoRALinear, inject
 from minilora.train.data import Batch
@@ -43,10 +44,10 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.long
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", "lora", "dora", "qlora"])
 def test_size_predicts_the_bytes_of_a_training_step_within_a_tenth(method, checkpointing):
     model, _ = load_model("smollm2-135m", dtype=torch.bfloat16)
-    wrap = {"lora": LoRALinear, "qlora": QLoRALinear}.get(method)
+    wrap = {"lora": LoRALinear, "dora": DoRALinear, "qlora": QLoRALinear}.get(method)
     if wrap:
         inject(model, "all-linear", lambda base: wrap(base, r=16, alpha=32))
     model.model.gradient_checkpointing = checkpointing
