@@ -16,4 +16,3 @@ ranks    LoRA with r from 1 to 64, alpha = 2 r, at LoRA's rate, the same three s
 costs    a step's seconds and peak memory, and an answer's seconds live and merged: each round all methods by turns, in
          processes with nothing beside them; --costs measures them, and asks for a quiet machine.
 """
-

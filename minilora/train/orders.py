@@ -105,7 +105,7 @@ def write(n: int, rng: random.Random, first: list[str], last: list[str], shapes:
         items = tuple((thing, random_quantity(rng)) for thing in things)
         date = None if day is None else rng.choice(spellings(day))
         sentence = fill(shape, name=name, city=city, items=listed(items), date=date)
-        orders[sentence] = Order(sentence, name, city, items, day and day.isoformat(), shape)
+        orders[sentence] = Order(sentence, name, city, items, None if day is None else day.isoformat(), shape)
     return list(orders.values())
 
 
