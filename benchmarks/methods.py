@@ -1,18 +1,229 @@
 """The family on one task: what each method learns in the same steps, what it costs, and what it forgets.
 
-    python benchmarks/methods.py                   whatever is missing, then the table and the figures
-    python benchmarks/methods.py --methods lora ia3    of these alone
-    python benchmarks/methods.py --report          the table and the figures again, from benchmarks/methods.json
-    python benchmarks/methods.py --workers 2       two cells at a time, each with one thread
+    python benchmarks/methods.py                       whatever is missing, then the table and the figures
+    python benchmarks/methods.py --only lora ia3       of these methods alone
+    python benchmarks/methods.py --workers 2 --threads 1    two cells at a time
+    python benchmarks/methods.py --minutes 60          begin no cell after an hour
+    python benchmarks/methods.py --report              the table and the figures again, from what is there
 
-The task is orders (train/orders): nested JSON, of which parts are not said. SmolLM2-135M, the same 48 steps of 8 orders
-for every method, 100 test orders whose names and shapes no training order has. Each cell is a process of its own and is
-written into benchmarks/methods.json when it is done: kill this at any time, it goes on where it was.
+The task is orders (train/orders): nested JSON, of which parts are not said. SmolLM2-135M, the same 32 steps of 8 orders
+for every method, 100 test orders, whose names and shapes no training order has. A cell is a training of its own process
+and stands in benchmarks/methods.json when it is done: stop this at any time, it goes on where it was.
 
-rates    each method has its own learning rate: from a first one it is multiplied and divided by 3 until the best, by
-         the loss on orders that are neither trained on nor tested, has a worse one on either side (seed 0).
-seeds    at that rate seeds 0, 1 and 2: of the data, the order and the start of the adapter.
+rates    each method has its own learning rate: a first guess is multiplied and divided by 3 until the best, by the loss
+         on orders that are neither trained on nor tested, has a worse one on either side (seed 0).
+seeds    at that rate seeds 0, 1 and 2: of the orders, of their order, and of what is drawn at the start.
 ranks    LoRA with r from 1 to 64, alpha = 2 r, at LoRA's rate, the same three seeds.
-costs    a step's seconds and peak memory, and an answer's seconds live and merged: each round all methods by turns, in
-         processes with nothing beside them; --costs measures them, and asks for a quiet machine.
+
+What each costs in time and memory is measured by benchmarks/methods_cost.py.
 """
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "methods.json"
+STEPS, BATCH, N_VALIDATION, N_TEST = 32, 8, 64, 100
+SEEDS = (0, 1, 2)
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+
+Cell = tuple[str, float, int]  # the case, its rate and its seed
+
+CASES: dict[str, tuple[str, dict[str, Any], float]] = {
+    "lora": ("lora", {}, 2e-3),
+    "full": ("full", {}, 1e-4),
+    "qlora": ("qlora", {}, 2e-3),
+    "dora": ("dora", {}, 2e-3),
+    "rslora": ("lora", {"use_rslora": True}, 7e-4),
+    "lora+": ("lora", {"loraplus_ratio": 16.0}, 2e-4),
+    "adalora": ("adalora", {}, 6e-3),
+    "pissa": ("pissa", {}, 7e-4),
+    "olora": ("olora", {}, 7e-4),
+    "loftq": ("loftq", {}, 2e-3),
+    "houlsby": ("houlsby", {}, 2e-3),
+    "ia3": ("ia3", {}, 2e-2),
+    "prefix": ("prefix", {}, 2e-2),
+    "prompt": ("prompt", {}, 6e-2),
+    "galore": ("galore", {"r": 128, "refresh": 8}, 2e-3),
+}  # name: the method, its settings where they are not the usual, and the first guess of its rate
+CASES |= {f"lora r={r}": ("lora", {"r": r}, 2e-3) for r in RANKS}
+
+
+def main() -> None:
+    options = parse()
+    if options.cell:
+        case, lr, seed = options.cell
+        print(json.dumps(one_cell(case, float(lr), int(seed))))
+        return
+    if not options.report:
+        fill(options)
+
+
+def fill(options: argparse.Namespace) -> None:
+    """Run the cells that are missing, so many at a time, and write each down when it is done."""
+    cells: dict[Cell, dict[str, Any]] = read_cells()
+    end = time.monotonic() + 60 * options.minutes
+    running: dict[Future[dict[str, Any]], Cell] = {}
+    with ThreadPoolExecutor(options.workers) as pool:
+        while True:
+            for cell in missing(cells, options.only):
+                if len(running) < options.workers and cell not in running.values() and time.monotonic() < end:
+                    running[pool.submit(in_a_process, cell, options.threads)] = cell
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                cells[cell] = future.result()
+                write_cells(cells)
+                print(line(cell, cells[cell]), flush=True)
+
+
+def missing(cells: dict[Cell, dict[str, Any]], only: list[str]) -> Iterator[Cell]:
+    """The cells to run next, the most urgent first: every method's rate, then the seeds, then the ranks."""
+    methods = [case for case in CASES if case in only and not case.startswith("lora r=")]
+    found = {case: next_rates(cells, case) for case in methods}
+    for rates in zip(*(pad(rates, 3) for rates in found.values()), strict=True):
+        yield from ((case, lr, 0) for case, lr in zip(found, rates, strict=True) if lr is not None)
+    for seed in SEEDS[1:]:
+        for case in methods:
+            if not found[case] and (case, best_rate(cells, case), seed) not in cells:
+                yield case, best_rate(cells, case), seed
+    if "lora" in only and not found["lora"]:
+        lr = best_rate(cells, "lora")
+        yield from ((f"lora r={r}", lr, s) for s in SEEDS for r in RANKS if (f"lora r={r}", lr, s) not in cells)
+
+
+def pad(rates: list[float], n: int) -> list[float | None]:
+    return [*rates, *[None] * (n - len(rates))]
+
+
+def next_rates(cells: dict[Cell, dict[str, Any]], case: str) -> list[float]:
+    """The rates to try next; none where the best one has a worse one on either side."""
+    first = CASES[case][2]
+    tried = {lr: cells[case, lr, 0]["validation_loss"] for name, lr, seed in cells if (name, seed) == (case, 0)}
+    if not tried:
+        return [first]
+    best = min(tried, key=lambda lr: tried[lr])
+    return [lr for lr in (rounded(best * 3), rounded(best / 3)) if lr not in tried]
+
+
+def best_rate(cells: dict[Cell, dict[str, Any]], case: str) -> float:
+    tried = {lr: cells[case, lr, 0]["validation_loss"] for name, lr, seed in cells if (name, seed) == (case, 0)}
+    return min(tried, key=lambda lr: tried[lr])
+
+
+def rounded(lr: float) -> float:
+    """Two digits: so that three times a third of a rate is that rate."""
+    return float(f"{lr:.1e}")
+
+
+def in_a_process(cell: Cell, threads: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--cell", *map(str, cell)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{cell} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def one_cell(case: str, lr: float, seed: int) -> dict[str, Any]:
+    """Train once, and judge. A training that breaks off has no losses but infinite ones."""
+    import torch
+
+    from minilora.classroom.demo import encode
+    from minilora.llm import load_model
+    from minilora.torch_lora.inject import count_parameters
+    from minilora.train.data import make_batches
+    from minilora.train.evaluate import (
+        GENERAL_TOKENS,
+        english_loss,
+        english_tokens,
+        exact_match,
+        generate_answers,
+        mean_loss,
+        valid_json,
+    )
+    from minilora.train.finetune import Recipe, fine_tune
+    from minilora.train.methods import METHODS, Settings, put_new
+    from minilora.train.orders import make_orders
+
+    name, settings, _ = CASES[case]
+    wide = METHODS[name].save is None  # all weights train
+    model, tokenizer = load_model("smollm2-135m", dtype=torch.float32 if wide else torch.bfloat16)
+    assert tokenizer.pad is not None
+    data = make_orders(seed, STEPS * BATCH, N_VALIDATION, N_TEST)
+    text = english_tokens(tokenizer, GENERAL_TOKENS)
+    before = english_loss(model, text)
+    asked = Settings(**settings, seed=seed)
+    put_new(model, name, asked)
+    start = time.perf_counter()
+    found: dict[str, Any] = {"trainable": count_parameters(model).trainable}
+    try:
+        training = fine_tune(
+            model,
+            [encode(tokenizer, order) for order in data.train],
+            Recipe(lr=lr, batch_size=BATCH, seed=seed),
+            pad=tokenizer.pad,
+            learning=METHODS[name].learning(asked),
+        )
+    except FloatingPointError as error:
+        return found | {"validation_loss": math.inf, "broke_off": str(error)}
+    seconds = time.perf_counter() - start
+    held_out = make_batches([encode(tokenizer, order) for order in data.validation], BATCH, tokenizer.pad, seed=0)
+    prompts = [tokenizer.encode_chat(order.messages) for order in data.test]
+    longest = max(len(tokenizer.encode(order.answer)) for order in data.test) + 8
+    answers = generate_answers(model, tokenizer, prompts, longest)
+    return found | {
+        "validation_loss": mean_loss(model, held_out),
+        "exact": exact_match(answers, [order.answer for order in data.test]),
+        "valid_json": valid_json(answers),
+        "forgotten": english_loss(model, text) - before,
+        "train_losses": [round(step.loss, 4) for step in training.steps],
+        "train_s": round(seconds, 1),  # beside whatever else ran: methods_cost.py measures time
+    }
+
+
+def read_cells() -> dict[Cell, dict[str, Any]]:
+    rows = json.loads(RESULTS.read_text())["cells"] if RESULTS.exists() else []
+    return {(row.pop("case"), row.pop("lr"), row.pop("seed")): row for row in rows}
+
+
+def write_cells(cells: dict[Cell, dict[str, Any]]) -> None:
+    from minilora.files import write_whole
+
+    task = {"steps": STEPS, "batch": BATCH, "validation": N_VALIDATION, "test": N_TEST, "base": "smollm2-135m"}
+    rows = [{"case": case, "lr": lr, "seed": seed} | found for (case, lr, seed), found in sorted(cells.items())]
+    lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
+    write_whole({RESULTS: f'{{\n  "task": {json.dumps(task)},\n  "cells": [\n{lines}\n  ]\n}}\n'.encode()})
+
+
+def line(cell: Cell, found: dict[str, Any]) -> str:
+    case, lr, seed = cell
+    if "exact" not in found:
+        return f"{case:<10} lr {lr:<8g} seed {seed}  broke off"
+    told = f"loss {found['validation_loss']:.4f}  exact {found['exact']:.0%}  forgotten {found['forgotten']:+.3f}"
+    return f"{case:<10} lr {lr:<8g} seed {seed}  {told}  {found['train_s']:.0f} s"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="METHOD", default=list(CASES), help=f"of {', '.join(CASES)}")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each")
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--cell", nargs=3, metavar=("CASE", "LR", "SEED"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

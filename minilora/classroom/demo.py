@@ -36,6 +36,7 @@ from minilora.train.data import Sample, mask_prompt
 from minilora.train.evaluate import english_tokens, exact_match, generate_answers, perplexity, valid_json
 from minilora.train.extraction import Example, make_extraction
 from minilora.train.finetune import Recipe, fine_tune
+from minilora.train.orders import Order
 
 METHODS: Mapping[str, Callable[..., nn.Module]] = {"qlora": QLoRALinear, "lora": LoRALinear}
 BASE = "smollm2-135m"
@@ -153,7 +154,7 @@ def run_demo(
     return result
 
 
-def encode(tokenizer: Tokenizer, example: Example) -> Sample:
+def encode(tokenizer: Tokenizer, example: Example | Order) -> Sample:
     """One example as tokens: the chat up to the answer carries no loss, the answer and its end do."""
     assert tokenizer.eos is not None
     return mask_prompt(

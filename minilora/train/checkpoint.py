@@ -3,6 +3,7 @@
     what the next step depends on         where it is kept
     the weights that are trained          model/…
     the optimizer's moments               optimizer/…
+    what a method keeps beside them       method/…
     the random numbers of dropout         random/…
     the place in the data                 the step: batches are made anew, from the same samples and seed
 
@@ -16,7 +17,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,17 @@ from torch import Tensor, nn
 
 from minilora.files import remove_unfinished_in, whole_file
 from minilora.train.trainer import Step
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What can be saved and go on: AdaLoRA's RankAllocator, for one."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """All that its next step depends on."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, run: Mapping[str, Any]
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    run: Mapping[str, Any],
+    beside: Stateful | None = None,
 ) -> None:
     """Write the state of a training after a step; `run` says, in JSON's terms, what is trained on what."""
     state = optimizer.state_dict()
@@ -50,6 +67,7 @@ def save_checkpoint(
                 tensors[f"optimizer/{index}/{name}"] = value
             else:
                 numbers.setdefault(str(index), {})[name] = value
+    tensors |= {f"method/{name}": tensor for name, tensor in (beside.state_dict() if beside else {}).items()}
     tensors |= {f"random/{device}": bits for device, bits in _random_states(model).items()}
     metadata = {"step": str(step), "run": json.dumps(run), "numbers": json.dumps(numbers)}
     with whole_file(path) as temporary:
@@ -77,7 +95,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(step, run, numbers, tensors)
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]) -> int:
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: Mapping[str, Any],
+    beside: Stateful | None = None,
+) -> int:
     """Put a checkpoint's state into a model and an optimizer; give how many steps were made.
 
     The optimizer keeps its own settings: its rate at that moment was the schedule's, and the run tells the others.
@@ -91,6 +115,8 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     if shapes != expected:
         odd = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
         raise ValueError(f"this checkpoint is of a model with other trained weights: {', '.join(odd[:5])} differ")
+    if beside:
+        beside.load_state_dict(_below(checkpoint.tensors, "method"))
     optimizer.load_state_dict({**optimizer.state_dict(), "state": _optimizer_state(checkpoint)})
     with torch.no_grad():
         for name, parameter in trained.items():
@@ -158,20 +184,24 @@ class Saving:
         if self.every < 1:
             raise ValueError(f"cannot save every {self.every} steps: choose 1 or more")
 
-    def resumed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    def resumed(self, model: nn.Module, optimizer: torch.optim.Optimizer, beside: Stateful | None = None) -> int:
         """Go on from the file, if there is one; give how many steps were made."""
         remove_unfinished_in(self.path.parent)
-        return restore(read_checkpoint(self.path), model, optimizer, self.run) if self.path.exists() else 0
+        return restore(read_checkpoint(self.path), model, optimizer, self.run, beside) if self.path.exists() else 0
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, beside: Stateful | None = None
+    ) -> None:
         """Write the state after a step."""
-        save_checkpoint(self.path, model, optimizer, step, self.run)
+        save_checkpoint(self.path, model, optimizer, step, self.run, beside)
 
-    def listener(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Step], None]:
+    def listener(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, beside: Stateful | None = None
+    ) -> Callable[[Step], None]:
         """A listener that saves every so many steps."""
 
         def listen(step: Step) -> None:
             if step.number % self.every == 0:
-                self.save(model, optimizer, step.number)
+                self.save(model, optimizer, step.number, beside)
 
         return listen

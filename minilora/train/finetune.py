@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from minilora.qlora import PagedAdamW
-from minilora.train.checkpoint import Saving
+from minilora.train.checkpoint import Saving, Stateful
 from minilora.train.data import Batch, Sample, make_batches
 from minilora.train.judging import Judges, judge
 from minilora.train.listeners import MetricsLog, health_check, progress_bar
@@ -93,17 +94,35 @@ class Recipe:
         return warmup_then_decay(n_steps, int(self.warmup * n_steps), self.shape)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What takes the steps of a training, and what else a method asks for."""
+
+    optimizer: torch.optim.Optimizer
+    penalty: Callable[[], Tensor] | None = None  # added to the loss of every step, not to the loss that is told
+    beside: Stateful | None = None  # on what, besides the weights and the optimizer, the next step depends
+
+
+def by_adamw(model: nn.Module, recipe: Recipe, n_steps: int) -> Learning:
+    """Train what requires a gradient by AdamW, as the recipe says."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Learning(
+        optimizer=PagedAdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, state_bits=recipe.state_bits)
+    )
+
+
 def fine_tune(
     model: nn.Module,
     samples: Sequence[Sample],
     recipe: Recipe,
     *,
     pad: int,
+    learning: Callable[[nn.Module, Recipe, int], Learning] = by_adamw,
     saving: Saving | None = None,
     judged_by: Judges | None = None,
     together: Together | None = None,
 ) -> Training:
-    """Train what requires a gradient in the model by AdamW, as the recipe says.
+    """Train what requires a gradient in the model, as the recipe says: by AdamW, or as a method's `learning` has it.
 
     With `saving` the training goes on where its checkpoint stands, and ends with the same bits as if it had never
     stopped; a log of all steps lies beside it, and what its judges find, who may end it early. Of several processes,
@@ -114,9 +133,9 @@ def fine_tune(
         FloatingPointError: as train; the model keeps the weights of the step before.
     """
     batches = recipe.batches(samples, pad)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = PagedAdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, state_bits=recipe.state_bits)
-    done = saving.resumed(model, optimizer) if saving else 0
+    learns = learning(model, recipe, len(batches))
+    optimizer = learns.optimizer
+    done = saving.resumed(model, optimizer, learns.beside) if saving else 0
     if together:
         together.check_same(done)
     tells = together is None or together.rank == 0
@@ -126,7 +145,11 @@ def fine_tune(
         if saving:
             log = MetricsLog(saving.path.with_name(METRICS), done)
             judging = [judge(model, judged_by, log, tqdm.write)] if judged_by else []
-            listeners += [log, *judging, saving.listener(model, optimizer)]  # in this order: what is saved is judged
+            listeners += [
+                log,
+                *judging,
+                saving.listener(model, optimizer, learns.beside),
+            ]  # in this order: what is saved is judged
             if judged_by and (reason := judged_by.rules.verdict(log.measured)):
                 return Training([], reason)
         training = train(
@@ -137,9 +160,24 @@ def fine_tune(
             recipe.max_grad_norm,
             listeners,
             done=done,
-            gradients=together.gradients if together else in_parts(recipe.n_parts),
+            gradients=with_penalty(together.gradients if together else in_parts(recipe.n_parts), learns.penalty),
             anywhere=together.anywhere if together else bool,
         )
     if saving and training.steps:
-        saving.save(model, optimizer, training.steps[-1].number)
+        saving.save(model, optimizer, training.steps[-1].number, learns.beside)
     return training
+
+
+def with_penalty(
+    gradients: Callable[[nn.Module, Batch], float], penalty: Callable[[], Tensor] | None
+) -> Callable[[nn.Module, Batch], float]:
+    """A `gradients` that adds those of a penalty as well, and gives the loss without it."""
+    if penalty is None:
+        return gradients
+
+    def both(model: nn.Module, batch: Batch) -> float:
+        loss = gradients(model, batch)
+        penalty().backward()
+        return loss
+
+    return both

@@ -1,0 +1,317 @@
+"""Every method by its name: how it is put on a model, what takes its steps, and how it is written.
+
+    METHODS["ia3"].put(model, Settings())         the model has it, and only what is its own trains
+    METHODS["ia3"].learning(Settings())           what fine_tune takes as `learning`
+    METHODS["ia3"].save(model, folder)            None where all weights train: then the model is what is written
+
+A method looks at some of the settings; `refuse_unused` names those that were given and would do nothing.
+
+Read before: methods, train/finetune.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from minilora.llm.architectures import ALL_LINEAR
+from minilora.llm.model import Decoder
+from minilora.methods import (
+    GaLoreAdamW,
+    HoulsbyLinear,
+    LoftQLinear,
+    PrefixTuning,
+    PromptTuning,
+    RankAllocator,
+    RankSchedule,
+    adalora_layer,
+    dora_layer,
+    inject_ia3,
+    loraplus_groups,
+    olora_layer,
+    orthogonality,
+    pissa_layer,
+    save_houlsby,
+    save_ia3,
+)
+from minilora.methods.peft_adalora import save_adalora
+from minilora.methods.peft_prompt import save_prompt
+from minilora.qlora import PagedAdamW
+from minilora.qlora.linear import DEFAULT_FORM, kept_as
+from minilora.torch_lora import inject, lora_layer, save_adapter
+from minilora.train.finetune import Learning, Recipe, by_adamw
+
+GAMMA = 0.5  # of AdaLoRA's penalty, as in its authors' code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the methods ask for; None is the method's own default.
+
+    Raises:
+        ValueError: if a number is impossible, with all of them.
+    """
+
+    r: int = 16  # of LoRA; of AdaLoRA on average at the end; of GaLore's projection
+    alpha: float | None = None  # 2 r
+    dropout: float = 0.0
+    use_rslora: bool = False
+    targets: str | Sequence[str] = ALL_LINEAR
+    loraplus_ratio: float | None = None  # B's rate / A's
+    start_r: int | None = None  # AdaLoRA's at the start: 1.5 r
+    bottleneck: int = 64
+    n_virtual: int = 20
+    words: Sequence[int] = ()  # tokens that virtual tokens begin as
+    mlp_features: int | None = None  # of prefix tuning's MLP
+    refresh: int = 200  # steps from one of GaLore's projections to the next
+    galore_scale: float = 0.25
+    seed: int = 0  # of what is drawn
+
+    def __post_init__(self) -> None:
+        whole = ("r", "start_r", "bottleneck", "n_virtual", "mlp_features", "refresh")
+        odd = [name for name in whole if getattr(self, name) is not None and getattr(self, name) < 1]
+        problems = [f"{name} is {getattr(self, name)}: choose 1 or more" for name in odd]
+        if self.start_r is not None and self.start_r < self.r:
+            problems.append(f"start_r is {self.start_r}, below r, {self.r}: AdaLoRA begins with more than it keeps")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def scale(self) -> float:
+        """Alpha: what was given, or 2 r."""
+        return 2.0 * self.r if self.alpha is None else self.alpha
+
+    @property
+    def first_r(self) -> int:
+        """AdaLoRA's rank at the start."""
+        return -(-3 * self.r // 2) if self.start_r is None else self.start_r
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One method, as training and the command line need it."""
+
+    does: str
+    uses: frozenset[str]  # settings that it looks at, besides the seed
+    put: Callable[[Decoder, Settings], None]
+    learning: Callable[[Settings], Callable[[nn.Module, Recipe, int], Learning]] = lambda settings: by_adamw
+    save: Callable[..., None] | None = save_adapter
+
+
+def put_new(model: Decoder, name: str, settings: Settings) -> None:
+    """Put a new one on a model, in place; the same for the same seed.
+
+    Raises:
+        ValueError, TypeError: as the method's layers do.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        METHODS[name].put(model, settings)
+
+
+def refuse_unused(name: str, settings: Settings) -> None:
+    """
+    Raises:
+        ValueError: if a setting was given that does nothing for this method.
+    """
+    usual, uses = Settings(), METHODS[name].uses | {"seed"}
+    given = [f.name for f in fields(Settings) if getattr(settings, f.name) != getattr(usual, f.name)]
+    if unused := [setting for setting in given if setting not in uses]:
+        others = {setting: [n for n, method in METHODS.items() if setting in method.uses] for setting in unused}
+        told = "; ".join(f"{setting} is for {', '.join(names)}" for setting, names in others.items())
+        raise ValueError(f"{name} does nothing with {', '.join(unused)}: {told}")
+
+
+# --- how each is put on a model -----------------------------------------------------------------------------------
+
+
+def _lora(model: Decoder, s: Settings, wrap: Callable[..., nn.Module], form: str | None = None) -> None:
+    keep, start = kept_as(form) if form else _as_it_is, torch.Generator().manual_seed(s.seed)
+
+    def layer(base: nn.Module) -> nn.Module:
+        return wrap(keep(base), r=s.r, alpha=s.scale, dropout=s.dropout, use_rslora=s.use_rslora, generator=start)
+
+    inject(model, s.targets, layer)
+
+
+def _begun_by_weights(model: Decoder, s: Settings, wrap: Callable[..., nn.Module]) -> None:
+    def layer(base: nn.Module) -> nn.Module:
+        return wrap(base, r=s.r, alpha=s.scale, dropout=s.dropout, use_rslora=s.use_rslora)
+
+    inject(model, s.targets, layer)
+
+
+def _adalora(model: Decoder, s: Settings) -> None:
+    alpha = 2.0 * s.first_r if s.alpha is None else s.alpha
+    inject(model, s.targets, lambda base: adalora_layer(base, r=s.first_r, alpha=alpha, dropout=s.dropout))
+
+
+def _ia3(model: Decoder, s: Settings) -> None:
+    inject_ia3(model, outputs=["k_proj", "v_proj"], inputs=["down_proj"])
+
+
+def _houlsby(model: Decoder, s: Settings) -> None:
+    inject(model, ["o_proj", "down_proj"], lambda base: HoulsbyLinear(base, bottleneck=s.bottleneck))
+
+
+def _prefix(model: Decoder, s: Settings) -> None:
+    inject(
+        model,
+        ["model"],
+        lambda base: PrefixTuning(base, n_virtual=s.n_virtual, mlp_features=s.mlp_features, words=s.words),
+    )
+
+
+def _prompt(model: Decoder, s: Settings) -> None:
+    inject(model, ["model"], lambda base: PromptTuning(base, n_virtual=s.n_virtual, words=s.words))
+
+
+def _all_weights(model: Decoder, s: Settings) -> None:
+    if narrow := sorted({str(p.dtype) for p in model.parameters() if p.dtype != torch.float32}):
+        raise ValueError(
+            f"all weights train, and these are {', '.join(narrow)}, where a step that is smaller than a part in 256 of "
+            "a weight is lost: load the model in float32 (--dtype fp32)"
+        )
+    model.requires_grad_(True)
+
+
+def _as_it_is(base: nn.Module) -> nn.Module:
+    return base
+
+
+# --- what takes their steps ---------------------------------------------------------------------------------------
+
+
+def _with_loraplus(s: Settings) -> Callable[[nn.Module, Recipe, int], Learning]:
+    if s.loraplus_ratio is None:
+        return by_adamw
+    ratio = s.loraplus_ratio
+
+    def begin(model: nn.Module, recipe: Recipe, n_steps: int) -> Learning:
+        groups = loraplus_groups(model, lr=recipe.lr, ratio=ratio, weight_decay=recipe.weight_decay)
+        return Learning(optimizer=PagedAdamW(groups, lr=recipe.lr, state_bits=recipe.state_bits))
+
+    return begin
+
+
+def _with_budget(s: Settings) -> Callable[[nn.Module, Recipe, int], Learning]:
+    """AdaLoRA's: ranks fall from a tenth of the steps to seven tenths, and the last three tenths tune what is left."""
+
+    def begin(model: nn.Module, recipe: Recipe, n_steps: int) -> Learning:
+        optimizer = by_adamw(model, recipe, n_steps).optimizer
+        schedule = RankSchedule(target_r=s.r, n_steps=n_steps, t_init=n_steps // 10, t_final=3 * n_steps // 10)
+        allocator = RankAllocator(model, schedule)
+        optimizer.register_step_post_hook(lambda *_: allocator.step(allocator.done + 1))
+        return Learning(optimizer=optimizer, penalty=lambda: GAMMA * orthogonality(model), beside=allocator)
+
+    return begin
+
+
+def _projected(s: Settings) -> Callable[[nn.Module, Recipe, int], Learning]:
+    """GaLore's: the matrices of attention and MLP are projected; embeddings, head and norms are not."""
+
+    def begin(model: nn.Module, recipe: Recipe, n_steps: int) -> Learning:
+        linear = {m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p in linear]},
+            {"params": [p for p in trained if p not in linear], "r": None},
+        ]
+        return Learning(
+            optimizer=GaLoreAdamW(
+                groups,
+                lr=recipe.lr,
+                r=s.r,
+                refresh=s.refresh,
+                scale=s.galore_scale,
+                weight_decay=recipe.weight_decay,
+            )
+        )
+
+    return begin
+
+
+# --- all of them --------------------------------------------------------------------------------------------------
+
+LORA = frozenset({"r", "alpha", "dropout", "use_rslora", "targets", "loraplus_ratio"})
+BEGUN = LORA - {"loraplus_ratio"}
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "lora": Method(
+            does="B A beside every linear layer",
+            uses=LORA,
+            put=partial(_lora, wrap=lora_layer),
+            learning=_with_loraplus,
+        ),
+        "dora": Method(
+            does="LoRA for the direction of each row, and its length apart",
+            uses=LORA,
+            put=partial(_lora, wrap=dora_layer),
+            learning=_with_loraplus,
+        ),
+        "qlora": Method(
+            does="LoRA over weights in 4 bits",
+            uses=LORA,
+            put=partial(_lora, wrap=lora_layer, form=DEFAULT_FORM),
+            learning=_with_loraplus,
+        ),
+        "adalora": Method(
+            does="LoRA whose layers compete for rank",
+            uses=LORA - {"use_rslora", "loraplus_ratio"} | {"start_r"},
+            put=_adalora,
+            learning=_with_budget,
+            save=save_adalora,
+        ),
+        "pissa": Method(
+            does="LoRA that begins at the weights' largest directions",
+            uses=BEGUN,
+            put=partial(_begun_by_weights, wrap=pissa_layer),
+        ),
+        "olora": Method(
+            does="LoRA that begins at orthonormal directions of the weights",
+            uses=BEGUN,
+            put=partial(_begun_by_weights, wrap=olora_layer),
+        ),
+        "loftq": Method(
+            does="LoRA over 4 bits that begins with what rounding took",
+            uses=BEGUN,
+            put=partial(_begun_by_weights, wrap=LoftQLinear),
+        ),
+        "ia3": Method(
+            does="a factor for each key, value, and input of the MLP's last layer",
+            uses=frozenset(),
+            put=_ia3,
+            save=save_ia3,
+        ),
+        "houlsby": Method(
+            does="two small layers after attention and after the MLP",
+            uses=frozenset({"bottleneck"}),
+            put=_houlsby,
+            save=save_houlsby,
+        ),
+        "prefix": Method(
+            does="learned keys and values before every text",
+            uses=frozenset({"n_virtual", "words", "mlp_features"}),
+            put=_prefix,
+            save=save_prompt,
+        ),
+        "prompt": Method(
+            does="learned embeddings before every text",
+            uses=frozenset({"n_virtual", "words"}),
+            put=_prompt,
+            save=save_prompt,
+        ),
+        "galore": Method(
+            does="all weights, with moments of projected gradients",
+            uses=frozenset({"r", "refresh", "galore_scale"}),
+            put=_all_weights,
+            learning=_projected,
+            save=None,
+        ),
+        "full": Method(does="all weights", uses=frozenset(), put=_all_weights, save=None),
+    }
+)
