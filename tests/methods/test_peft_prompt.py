@@ -148,12 +148,21 @@ def test_another_base_is_warned_of(folder):
     load_prompt(tiny(), folder, base_sha256="ab" * 32)
 
 
+def test_what_a_file_says_of_its_base_reaches_no_terminal_raw(folder):
+    tensors = load_file(folder / TENSORS)
+    save_file(tensors, folder / TENSORS, {"base_sha256": "\x1b[2J" + "ab" * 32, "base_stored_as": "nf4\x1b]0;owned\a"})
+    with pytest.warns(UserWarning) as warned:
+        load_prompt(tiny(), folder, base_sha256="cd" * 32)
+    assert len(warned) == 2
+    assert all(str(one.message).isprintable() for one in warned)
+
+
 def test_a_base_stored_in_another_form_is_warned_of(tmp_path, kind):
     model = tiny()
     model.model.layers[0].mlp.up_proj = NF4Linear(model.model.layers[0].mlp.up_proj)
     inject(model, ["model"], WRAPS[kind])
     save_prompt(model, tmp_path)
-    with pytest.warns(UserWarning, match="stored as nf4.*here it is floats"):
+    with pytest.warns(UserWarning, match="stored as nf4.*here over floats"):
         load_prompt(tiny(), tmp_path)
     remove(model)
     load_prompt(model, tmp_path)
