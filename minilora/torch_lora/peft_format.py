@@ -31,7 +31,14 @@ from minilora.torch_lora.inject import (
     refuse_to_train_without_floats,
 )
 from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, kind_of, refuse_to_fill
-from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, config_of, config_sha256, read_config
+from minilora.torch_lora.peft_config import (
+    CONFIG_FILE,
+    CONFIG_LIMIT_BYTES,
+    AdapterConfig,
+    config_of,
+    config_sha256,
+    read_config,
+)
 from minilora.torch_lora.peft_tensors import fit_adapter, hits_by_leaf, matrices_by_key, read_tensors
 from minilora.torch_lora.peft_whole import in_model, whole_to_write
 from minilora.torch_lora.replaced import all_finite, replace_tensors, replaced_tensors, warn_of_untying
@@ -102,16 +109,23 @@ def write_adapter(
     there, and load_adapter refuses them.
 
     Raises:
-        ValueError: if a tensor holds a NaN or an infinity.
+        ValueError: if a tensor holds a NaN or an infinity, or the config is longer than its readers take.
     """
     broken = [key for key, tensor in tensors.items() if not all_finite(tensor)]
     if broken:
         raise ValueError(f"{len(broken)} tensors of this adapter hold NaN or infinite values, the first is {broken[0]}")
     stored = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-    folder, config_json = Path(folder), json.dumps(config, indent=2, sort_keys=True) + "\n"
+    folder, config_json = Path(folder), (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    if len(config_json) > CONFIG_LIMIT_BYTES:
+        longest = max(config, key=lambda key: len(json.dumps(config[key])))
+        raise ValueError(
+            f"{CONFIG_FILE} would have {len(config_json):,} bytes, most of them in its {longest}; more than "
+            f"{CONFIG_LIMIT_BYTES:,} are not read again: adapt fewer layers, or give all the same settings "
+            "(of AdaLoRA's, minilora.methods.to_lora makes layers of plain LoRA)"
+        )
     about = {"format": "pt"} | dict(metadata) | {CONFIG_SHA256: config_sha256(config)}
     tensor_file = with_sorted_metadata(save(stored, about))
-    files = {TENSOR_FILE: tensor_file, CONFIG_FILE: config_json.encode()}
+    files = {TENSOR_FILE: tensor_file, CONFIG_FILE: config_json}
     write_whole({folder / name: content for name, content in files.items()})
 
 
