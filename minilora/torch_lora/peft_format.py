@@ -39,7 +39,7 @@ from minilora.torch_lora.peft_config import (
     config_sha256,
     read_config,
 )
-from minilora.torch_lora.peft_tensors import fit_adapter, hits_by_leaf, matrices_by_key, read_tensors
+from minilora.torch_lora.peft_tensors import fit_adapter, hits_by_leaf, matrices_by_key, read_metadata, read_tensors
 from minilora.torch_lora.peft_whole import in_model, whole_to_write
 from minilora.torch_lora.replaced import all_finite, replace_tensors, replaced_tensors, warn_of_untying
 
@@ -187,8 +187,7 @@ def base_form(folder: str | Path) -> str | None:
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or it is damaged.
     """
-    _, metadata = read_tensors(Path(folder) / TENSOR_FILE)
-    return metadata.get(BASE_FORM)
+    return read_metadata(Path(folder) / TENSOR_FILE).get(BASE_FORM)
 
 
 def form_of_bases(layers: Mapping[str, AdapterLayer]) -> str:
