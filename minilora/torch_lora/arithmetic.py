@@ -31,9 +31,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minilora.torch_lora.inject import InjectReport, adapter_layers, inject, lora_layers
-from minilora.torch_lora.layers import kind_of, refuse_to_fill
-from minilora.torch_lora.peft_format import lora_layer
+from minilora.torch_lora.layers import kind_of
 from minilora.torch_lora.replaced import replaced_tensors
+from minilora.torch_lora.wrap import lora_layer, refuse_to_fill
 
 ROUNDING = 4 * torch.finfo(torch.float64).eps  # measured, of sums that cancel: below 1 eps of ‖B‖ ‖A‖
 

@@ -7,7 +7,7 @@
 
 Which layers an adapter touches is read from the names of its tensors, compared as text with the model's own names;
 nothing in a file becomes a path, a regular expression that is executed, or code. Only safetensors are opened.
-Read before this file: inject, and these four.
+Read before this file: inject, wrap, and these four.
 """
 
 import json
@@ -30,7 +30,7 @@ from minilora.torch_lora.inject import (
     inject,
     refuse_to_train_without_floats,
 )
-from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, kind_of, refuse_to_fill
+from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer
 from minilora.torch_lora.peft_config import (
     CONFIG_FILE,
     CONFIG_LIMIT_BYTES,
@@ -42,25 +42,11 @@ from minilora.torch_lora.peft_config import (
 from minilora.torch_lora.peft_tensors import fit_adapter, hits_by_leaf, matrices_by_key, read_metadata, read_tensors
 from minilora.torch_lora.peft_whole import in_model, whole_to_write
 from minilora.torch_lora.replaced import all_finite, replace_tensors, replaced_tensors, warn_of_untying
+from minilora.torch_lora.wrap import lora_layer, refuse_to_fill
 
 TENSOR_FILE = "adapter_model.safetensors"
 BASE_FORM = "base_stored_as"  # in its metadata, where the base does not store floats
 CONFIG_SHA256 = "config_sha256"  # in the metadata of the tensors that are written here
-
-
-def lora_layer(
-    base: nn.Module,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float = 0.0,
-    use_rslora: bool = False,
-    generator: torch.Generator | None = None,
-) -> LoRALayer:
-    """Wrap a base layer in the LoRA layer of its kind."""
-    kind = kind_of(base) or LoRALinear  # which refuses what it cannot wrap, and says so
-    its_dropout = 0.0 if kind is LoRAEmbedding else dropout
-    return kind(base, r=r, alpha=alpha, dropout=its_dropout, use_rslora=use_rslora, generator=generator)
 
 
 def save_adapter(

@@ -423,8 +423,9 @@ def test_the_report_shows_every_layers_rank():
 
 def test_what_is_left_is_a_plain_lora_with_the_same_output(tmp_path):
     model, x = pruned(**UNEVEN).double().eval(), torch.randn(5, 12, dtype=torch.float64)
-    wanted = model(x)
+    wanted, before = model(x), torch.get_rng_state()
     report = to_lora(model)
+    assert torch.equal(torch.get_rng_state(), before)  # the next step's dropout is what it would have been
     assert report.ranks["first"] == (3, 4)
     assert {name: layer.r for name, layer in lora_layers(model).items()} == {"first": 3, "third": 1}
     assert all(type(layer) is LoRALinear for layer in lora_layers(model).values())
