@@ -7,7 +7,7 @@
     key heads            num_attention_heads (with grouped heads, of a prefix: those of the keys), num_layers
     an MLP               nothing: what it computes is in the file, and of its own numbers none
 
-Read before this file: prompt, torch_lora/peft_format.
+Read before this file: prompt, torch_lora/peft_files.
 """
 
 import reprlib
@@ -22,15 +22,15 @@ from minilora.methods.prompt import PrefixTuning, PromptTuning, VirtualTokens
 from minilora.torch_lora.adapter_layer import StoresNoFloats
 from minilora.torch_lora.inject import InjectReport, adapter_layers, count_parameters, inject
 from minilora.torch_lora.peft_config import CONFIG_FILE, read_json_object
-from minilora.torch_lora.peft_format import (
+from minilora.torch_lora.peft_files import (
     BASE_FORM,
     TENSOR_FILE,
+    read_tensors,
     stored_as,
     warn_of_another_base,
     warn_of_another_form,
     write_adapter,
 )
-from minilora.torch_lora.peft_tensors import read_tensors
 from minilora.torch_lora.replaced import all_finite
 
 KEY = "prompt_embeddings"
@@ -72,8 +72,7 @@ def save_prompt(
         config |= {"encoder_hidden_size": None, "prefix_projection": False}  # the file's P needs no MLP any more
     else:
         config |= {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
-    metadata = {"base_sha256": base_sha256, BASE_FORM: _form_of(layer.base)}
-    write_adapter(folder, config, {KEY: P.float()}, {key: text for key, text in metadata.items() if text})
+    write_adapter(folder, config, {KEY: P.float()}, {"base_sha256": base_sha256, BASE_FORM: _form_of(layer.base)})
 
 
 def load_prompt(model: nn.Module, folder: str | Path, *, base_sha256: str | None = None) -> InjectReport:

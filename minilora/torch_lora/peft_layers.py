@@ -23,16 +23,17 @@ from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.inject import InjectReport, adapter_layers, count_parameters, inject
 from minilora.torch_lora.layers import is_linear
 from minilora.torch_lora.peft_config import CONFIG_FILE, HARMLESS, AdapterConfig, read_json_object
-from minilora.torch_lora.peft_format import (
+from minilora.torch_lora.peft_files import (
     BASE_FORM,
     TENSOR_FILE,
     form_of_bases,
-    refuse_merged,
+    read_tensors,
     warn_of_another_base,
     warn_of_another_form,
     write_adapter,
 )
-from minilora.torch_lora.peft_tensors import hits_by_leaf, read_tensors
+from minilora.torch_lora.peft_format import refuse_merged
+from minilora.torch_lora.peft_tensors import hits_by_leaf
 from minilora.torch_lora.peft_whole import PREFIX, fit_whole, in_model, is_finite_in, whole_to_write
 from minilora.torch_lora.replaced import replace_tensors, replaced_tensors, warn_of_untying
 
@@ -64,7 +65,7 @@ def write_layers(
     about = {"base_model_name_or_path": base_name, "inference_mode": True, "modules_to_save": modules or None}
     about |= {"bias": bias} if has_biases else {}
     metadata = {"base_sha256": base_sha256, BASE_FORM: form_of_bases(adapter_layers(model))}
-    write_adapter(folder, dict(config) | about, named | whole, {key: text for key, text in metadata.items() if text})
+    write_adapter(folder, dict(config) | about, named | whole, metadata)
 
 
 def layers_of(model: nn.Module, kind: type[AdapterLayer]) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from minilora.torch_lora.adapter_cache import Adapter, AdapterCache
 from minilora.torch_lora.batch_rows import BatchRows, RoutedLinear, Routing
 from minilora.torch_lora.inject import ALL_LINEAR, Target, inject, match_targets
 from minilora.torch_lora.layers import LoRAConv1D, LoRALinear, refuse_unfit
-from minilora.torch_lora.peft_config import AdapterConfig, read_config
-from minilora.torch_lora.peft_format import CONFIG_FILE, TENSOR_FILE, refuse_another_config
-from minilora.torch_lora.peft_tensors import fit_adapter, matrix_named, read_tensors
+from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, read_config
+from minilora.torch_lora.peft_files import TENSOR_FILE, read_tensors, refuse_another_config
+from minilora.torch_lora.peft_tensors import fit_adapter, matrix_named
 
 
 class AdapterServer:

@@ -20,8 +20,9 @@ from peft import IA3Config, PeftModel, get_peft_model
 from torch import nn
 
 from minilora.methods import inject_ia3, load_ia3, save_ia3
-from minilora.torch_lora.inject import adapter_layers, train_modules
+from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.merging import MergeReport, merged_state
+from minilora.torch_lora.train_whole import train_modules
 
 pytestmark = QUIET
 OUTPUTS = {"llama": ["k_proj", "v_proj"], "gpt2": ["c_attn"], "qwen2": ["k_proj", "v_proj"], "t5": ["k", "v"]}

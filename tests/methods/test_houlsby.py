@@ -24,8 +24,9 @@ from minilora.llm.sizes import houlsby_params
 from minilora.methods import HoulsbyLinear, IA3Linear, load_houlsby, load_ia3, save_houlsby
 from minilora.qlora import NF4Linear
 from minilora.torch_lora import LoRALinear, inject, load_adapter, merged, remove
-from minilora.torch_lora.inject import adapter_layers, train_biases, train_modules
+from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.merging import merge_model
+from minilora.torch_lora.train_whole import train_biases, train_modules
 
 NAMES = ["W_down", "b_down", "W_up", "b_up"]
 SQRT_2_OVER_PI = (2 / torch.pi) ** 0.5

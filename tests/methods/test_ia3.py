@@ -18,8 +18,9 @@ from minilora.qlora import NF4Linear
 from minilora.qlora.merging import merge_into_4_bits
 from minilora.torch_lora import LoRALinear, inject, load_adapter, merged, remove, save_adapter
 from minilora.torch_lora.adapter_layer import dense_weight
-from minilora.torch_lora.inject import adapter_layers, count_parameters, train_biases, train_modules
+from minilora.torch_lora.inject import adapter_layers, count_parameters
 from minilora.torch_lora.merging import MergeReport, merge_model, merged_state
+from minilora.torch_lora.train_whole import train_biases, train_modules
 
 
 @pytest.fixture(params=BASES)

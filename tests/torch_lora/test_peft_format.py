@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minilora.qlora import QLoRALinear
-from minilora.torch_lora import LoRALinear, inject, load_adapter, peft_tensors, remove, save_adapter
+from minilora.torch_lora import LoRALinear, inject, load_adapter, peft_files, remove, save_adapter
 from minilora.torch_lora.peft_config import config_sha256
-from minilora.torch_lora.peft_format import base_form, write_adapter
-from minilora.torch_lora.peft_tensors import read_tensors
+from minilora.torch_lora.peft_files import base_form, read_tensors, write_adapter
 
 
 class Model(nn.Module):
@@ -194,7 +193,7 @@ def test_how_the_base_was_stored_is_read_of_the_header_alone(tmp_path, monkeypat
         with safe_open(path, framework=framework) as file:
             yield SimpleNamespace(metadata=file.metadata)
 
-    monkeypatch.setattr(peft_tensors, "safe_open", header_alone)
+    monkeypatch.setattr(peft_files, "safe_open", header_alone)
     assert base_form(tmp_path) == model.q_proj.base.stored_as
     (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="damaged or cut short"):
