@@ -9,8 +9,8 @@
         R  = ‖PᵀP − I‖² + ‖QQᵀ − I‖²                                  [AdaLoRA] eq. 4, added to the loss
 
 Every layer begins with more triplets than there shall be in the end; methods/adalora_budget decides while training
-which of them lose their value. What is left is a plain LoRA of another rank in every layer (to_lora). The paper has no
-scaling; it is alpha / r with the r of the start, which the authors' code and PEFT write as alpha / (r + 0.00001).
+which of them lose their value. What is left is a plain LoRA of another rank in every layer (to_lora). The scaling is
+LoRA's ([AdaLoRA] section 4), alpha / r with the r of the start; the authors' code and PEFT have alpha / (r + 0.00001).
 
 Read before this file: torch_lora/layers.
 """

@@ -4,7 +4,7 @@
     W           (out, in) = U diag(σ) Vᵀ, σ falling;  or = Q R, the columns of Q orthonormal
 
         PiSSA   A0 = √(σ_r / scaling) V_rᵀ      B0 = U_r √(σ_r / scaling)            [PiSSA] section 3
-        OLoRA   A0 = R[:r]                      B0 = Q[:, :r]                        [OLoRA] section 3
+        OLoRA   A0 = R[:r]                      B0 = Q[:, :r]                        [OLoRA]
         h = x (W − scaling · B0 A0)ᵀ + scaling · (x Aᵀ) Bᵀ                           both
 
 In the papers, and in PEFT, W − scaling · B0 A0 takes W's place. Here W stays: the same h is that of LoRA of rank 2r,
@@ -109,7 +109,7 @@ class PiSSALinear(ShiftedLinear):
 class OLoRALinear(ShiftedLinear):
     """OLoRA: A and B begin as the first r rows of R and columns of Q, and these columns are orthonormal.
 
-    W = Q R,  A0 = R[:r],  B0 = Q[:, :r]            [OLoRA] section 3
+    W = Q R,  A0 = R[:r],  B0 = Q[:, :r]            [OLoRA]
     """
 
     @staticmethod
