@@ -21,11 +21,12 @@ from minilora.llm.model import Transformer
 from minilora.methods.prompt import PrefixTuning, PromptTuning, VirtualTokens
 from minilora.torch_lora.adapter_layer import StoresNoFloats
 from minilora.torch_lora.inject import InjectReport, adapter_layers, count_parameters, inject
-from minilora.torch_lora.peft_config import CONFIG_FILE, read_json_object
+from minilora.torch_lora.peft_config import CONFIG_FILE, config_sha256, read_json_object
 from minilora.torch_lora.peft_files import (
     BASE_FORM,
     TENSOR_FILE,
     read_tensors,
+    refuse_another_config,
     stored_as,
     warn_of_another_base,
     warn_of_another_form,
@@ -84,12 +85,14 @@ def load_prompt(model: nn.Module, folder: str | Path, *, base_sha256: str | None
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
-        ValueError: if a file is damaged, or does not fit the model (all mismatches at once).
+        ValueError: if a file is damaged, they were not written together, or do not fit the model (all mismatches at
+            once).
         TypeError: if the model is not a Decoder.
     """
     folder = Path(folder)
     config = read_json_object(folder / CONFIG_FILE)
     tensors, metadata = read_tensors(folder / TENSOR_FILE)
+    refuse_another_config(folder, config_sha256(config), metadata)
     kind = KINDS.get(str(config.get("peft_type")))
     if kind is None:
         raise ValueError(f"peft_type is {reprlib.repr(config.get('peft_type'))}: this reader knows {sorted(KINDS)}")

@@ -25,7 +25,7 @@ from torch import Tensor
 from minilora.files import with_sorted_metadata, write_whole
 from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats
 from minilora.torch_lora.layers import LoRAEmbedding
-from minilora.torch_lora.peft_config import CONFIG_FILE, CONFIG_LIMIT_BYTES, AdapterConfig, config_sha256
+from minilora.torch_lora.peft_config import CONFIG_FILE, CONFIG_LIMIT_BYTES, config_sha256
 from minilora.torch_lora.replaced import all_finite
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -39,7 +39,7 @@ def write_adapter(
     """Write the two files of an adapter, both or none, by names and keys that are PEFT's already.
 
     What is None or empty in the metadata is left out. The files are renamed one after the other: should the process be
-    killed in between, the tensors name a config that is not there, and load_adapter refuses them.
+    killed in between, the tensors name a config that is not there, and whatever reads them refuses them.
 
     Raises:
         ValueError: if a tensor holds a NaN or an infinity, or the config is longer than its readers take.
@@ -124,7 +124,7 @@ def stored_as(base: StoresNoFloats) -> str:
     return getattr(base, "stored_as", type(base).__name__)
 
 
-def refuse_another_config(folder: Path, config: AdapterConfig, metadata: Mapping[str, str]) -> None:
+def refuse_another_config(folder: Path, config_hash: str, metadata: Mapping[str, str]) -> None:
     """Refuse tensors that were written with other settings than those in the config beside them.
 
     An error and no warning: with another alpha an adapter loads, and answers wrongly. Files of others, which name no
@@ -133,7 +133,7 @@ def refuse_another_config(folder: Path, config: AdapterConfig, metadata: Mapping
     Raises:
         ValueError: if it is so; it says what to do where the config was changed on purpose.
     """
-    if metadata.get(CONFIG_SHA256, config.sha256) != config.sha256:
+    if metadata.get(CONFIG_SHA256, config_hash) != config_hash:
         raise ValueError(
             f"{folder / CONFIG_FILE} is not the config that {TENSOR_FILE} was written with. If writing was cut off "
             "between the two, save the adapter again. If the config was changed by hand: what you mean is written with "

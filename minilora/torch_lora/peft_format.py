@@ -103,7 +103,7 @@ def load_adapter(
     folder = Path(folder)
     config = read_config(folder / CONFIG_FILE)
     tensors, metadata = read_tensors(folder / TENSOR_FILE)
-    refuse_another_config(folder, config, metadata)
+    refuse_another_config(folder, config.sha256, metadata)
     pairs, whole = fit_adapter(model, tensors, config)
     settings = {name: config.settings_of(name) for name in pairs}
     _refuse_another_method(adapter_layers(model), config)

@@ -22,12 +22,13 @@ from minilora.torch_lora.adapter_layer import AdapterLayer
 from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.inject import InjectReport, adapter_layers, count_parameters, inject
 from minilora.torch_lora.layers import is_linear
-from minilora.torch_lora.peft_config import CONFIG_FILE, HARMLESS, AdapterConfig, read_json_object
+from minilora.torch_lora.peft_config import CONFIG_FILE, HARMLESS, AdapterConfig, config_sha256, read_json_object
 from minilora.torch_lora.peft_files import (
     BASE_FORM,
     TENSOR_FILE,
     form_of_bases,
     read_tensors,
+    refuse_another_config,
     warn_of_another_base,
     warn_of_another_form,
     write_adapter,
@@ -131,9 +132,11 @@ def load_layers(
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if it is damaged, or does not fit the model (all mismatches at once).
+        ValueError: if it is damaged, was not written with the config beside it, or does not fit the model (all
+            mismatches at once).
     """
     tensors, metadata = read_tensors(folder / TENSOR_FILE)
+    refuse_another_config(folder, config_sha256(config), metadata)
     found, whole = _fit(model, tensors, keys, config, misfits, promised)
     refuse_merged(model)
     warn_of_another_base(metadata.get("base_sha256"), base_sha256)

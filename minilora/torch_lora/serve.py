@@ -98,7 +98,7 @@ class AdapterServer:
             raise FileNotFoundError(f"there is no {path}")
         try:
             with safe_open(path, framework="pt") as file:
-                refuse_another_config(folder, config, file.metadata() or {})
+                refuse_another_config(folder, config.sha256, file.metadata() or {})
                 shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from None
@@ -110,7 +110,7 @@ class AdapterServer:
         """Read an adapter with peft_tensors' own checks, against layers that hold no numbers."""
         config = served_config(folder)
         tensors, metadata = read_tensors(folder / TENSOR_FILE)
-        refuse_another_config(folder, config, metadata)
+        refuse_another_config(folder, config.sha256, metadata)
         pairs, _ = fit_adapter(self._plain, tensors, config)
         if others := sorted(pairs.keys() - self._served.keys()):
             raise ValueError(

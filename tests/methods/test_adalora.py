@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from edit_config import edit_config
 from test_dora import BASES, Conv1D
 from torch import nn
 
@@ -565,11 +566,8 @@ def test_an_adapter_that_does_not_fit_is_refused_whole(tmp_path):
     ],
 )
 def test_a_config_that_asks_for_something_else_is_refused(tmp_path, change, message):
-    import json
-
     save_adalora(noisy(adapted()), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    edit_config(tmp_path, **change)
     with pytest.raises(ValueError, match=message):
         load_adalora(Model(), tmp_path)
 

@@ -1,10 +1,9 @@
 """Houlsby's adapters against their equation, and in models of transformers."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
+from edit_config import edit_config
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_dora import BASES
@@ -317,8 +316,7 @@ def test_a_file_that_does_not_fit_changes_nothing(what, tmp_path):
 )
 def test_a_config_that_asks_for_something_else_is_refused(change, says, tmp_path):
     save_houlsby(adapted(), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    edit_config(tmp_path, **change)
     model = plain()
     with pytest.raises(ValueError, match=says):
         load_houlsby(model, tmp_path)

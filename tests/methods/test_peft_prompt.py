@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from edit_config import edit_config
 from safetensors.torch import load_file, save_file
 
 from minilora.llm import Decoder, ModelConfig
@@ -37,11 +38,6 @@ def folder(kind, tmp_path):
     inject(model, ["model"], WRAPS[kind])
     save_prompt(model, tmp_path, base_name="tiny", base_sha256="ab" * 32)
     return tmp_path
-
-
-def change(folder, **changes):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | changes))
 
 
 def refused(folder, message, model=None):
@@ -92,12 +88,12 @@ def test_saving_an_mlp_leaves_the_model_as_it_was(tmp_path):
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(folder, changes, message):
-    change(folder, **changes)
+    edit_config(folder, **changes)
     refused(folder, message)
 
 
 def test_keys_that_peft_leaves_open_are_read(folder):
-    change(folder, num_layers=None, modules_to_save=None, peft_version="1", tokenizer_kwargs=None, brand_new=False)
+    edit_config(folder, num_layers=None, modules_to_save=None, peft_version="1", tokenizer_kwargs=None, brand_new=False)
     load_prompt(tiny(), folder)
 
 
