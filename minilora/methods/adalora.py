@@ -9,8 +9,8 @@
         R  = ‖PᵀP − I‖² + ‖QQᵀ − I‖²                                  [AdaLoRA] eq. 4, added to the loss
 
 Every layer begins with more triplets than there shall be in the end; methods/adalora_budget decides while training
-which of them lose their value. What is left is a plain LoRA of another rank in every layer (to_lora). The paper has no
-scaling; it is alpha / r with the r of the start, which the authors' code and PEFT write as alpha / (r + 0.00001).
+which of them lose their value. What is left is a plain LoRA of another rank in every layer (to_lora). The scaling is
+LoRA's ([AdaLoRA] section 4), alpha / r with the r of the start; the authors' code and PEFT have alpha / (r + 0.00001).
 
 Read before this file: torch_lora/layers.
 """
@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from minilora.torch_lora.inject import adapter_layers
-from minilora.torch_lora.layers import LoRAConv1D, LoRALinear
+from minilora.torch_lora.layers import LoRAConv1D, LoRALayer, LoRALinear
+from minilora.torch_lora.wrap import kind_for, lora_of
 
 INIT_STD = 0.02  # of P and Q, in the authors' code
 
@@ -79,7 +80,7 @@ class AdaLoRALinear(LoRALinear):
         return self.kept | (self.E != 0)
 
     @torch.no_grad()
-    def shrunk(self) -> LoRALinear | None:
+    def shrunk(self) -> LoRALayer | None:
         """Make a plain LoRA layer over the same base, of the triplets in use alone; None where there are none.
 
             B ← P Λ        A ← Q        alpha ← scaling · their number, so that the scaling stays
@@ -90,10 +91,9 @@ class AdaLoRALinear(LoRALinear):
         r = int(chosen.sum())
         if r == 0:
             return None
-        kind = LoRAConv1D if self.stores_in_by_out else LoRALinear
-        layer = kind(self.base, r=r, alpha=self.scaling * r, dropout=self.dropout).train(self.training)
-        layer.A, layer.B = nn.Parameter(self.A[chosen]), nn.Parameter((self.B * self.E)[:, chosen])
-        return layer
+        A, B = self.low_rank()
+        layer = lora_of(self.base, A[chosen], B[:, chosen], alpha=self.scaling * r, dropout=self.dropout)
+        return layer.train(self.training)
 
 
 class AdaLoRAConv1D(AdaLoRALinear, LoRAConv1D):
@@ -101,13 +101,12 @@ class AdaLoRAConv1D(AdaLoRALinear, LoRAConv1D):
 
 
 def adalora_layer(base: nn.Module, *, r: int, alpha: float, dropout: float = 0.0) -> AdaLoRALinear:
-    """Wrap a base layer in the AdaLoRA layer of its kind: the `wrap` of inject.
+    """Wrap a base layer in the AdaLoRA layer of its kind: the `wrap` of inject. It has no rsLoRA, in PEFT neither.
 
     Raises:
         TypeError: if the base is neither linear nor a Conv1D.
     """
-    kind = AdaLoRAConv1D if AdaLoRAConv1D.accepts(base) else AdaLoRALinear
-    return kind(base, r=r, alpha=alpha, dropout=dropout)
+    return kind_for(base, (AdaLoRALinear, AdaLoRAConv1D))(base, r=r, alpha=alpha, dropout=dropout)
 
 
 def adalora_layers(model: nn.Module) -> dict[str, AdaLoRALinear]:

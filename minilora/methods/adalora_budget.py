@@ -2,13 +2,13 @@
 
     w, g    a number of P, Λ or Q, and its gradient         b(t)   triplets left after step t: b_0 at first, then b_T
 
-        I  = |w · g|                                                  its sensitivity: what the loss would lose with it
-        Ī ← β₁ Ī + (1 − β₁) I        Ū ← β₂ Ū + (1 − β₂) |I − Ī|      smoothed, and how uncertain that is
-        S  = s(Λ_k) + mean s(P_k) + mean s(Q_k)    with s = Ī · Ū     the importance of triplet k      section 3.2
-        Λ_k ← 0   unless S_k is among the b(t) largest of all layers
-        b(t) = ⌊b_T + (b_0 − b_T) (1 − (t − t_init) / (T − t_final − t_init))³⌋                        section 3.3
+        I  = |w · g|                                              its sensitivity: what the loss would lose     eq. 8
+        Ī ← β₁ Ī + (1 − β₁) I      Ū ← β₂ Ū + (1 − β₂) |I − Ī|    smoothed, and how uncertain that is       eq. 9, 10
+        S  = s(Λ_k) + mean s(P_k) + mean s(Q_k)  with s = Ī · Ū   the importance of triplet k               eq. 7, 11
+        Λ_k ← 0   unless S_k is among the b(t) largest of all layers                                            eq. 6
+        b(t) = ⌊b_T + (b_0 − b_T) (1 − (t − t_init) / (T − t_final − t_init))³⌋                            appendix A
 
-These are [AdaLoRA] section 3's. A value that was set to zero still has a gradient and may come back, until the budget
+The numbers are [AdaLoRA]'s. A value that was set to zero still has a gradient and may come back, until the budget
 is reached; then the choice is final. As in the authors' code, w is what the optimizer's step has made of it.
 
 Read before this file: adalora.
@@ -65,7 +65,7 @@ class RankSchedule:
     def budget(self, number: int, first: int, last: int) -> int:
         """How many triplets step `number` (from 1) leaves, of `first` at the start and `last` at the end.
 
-            b(t) = ⌊b_T + (b_0 − b_T) (1 − (t − t_init) / (T − t_final − t_init))³⌋       [AdaLoRA] section 3.3
+            b(t) = ⌊b_T + (b_0 − b_T) (1 − (t − t_init) / (T − t_final − t_init))³⌋       [AdaLoRA] appendix A
 
         >>> schedule = RankSchedule(target_r=2, n_steps=8, t_init=2, t_final=2)
         >>> [schedule.budget(number, 16, 8) for number in range(1, 9)]
@@ -129,7 +129,7 @@ class RankAllocator:
     def scores(self) -> dict[str, Float[Tensor, "r"]]:
         """The importance S of every triplet, by layer, as long as the choice is not final.
 
-        S_k = s(Λ_k) + mean s(P_k) + mean s(Q_k)    with s = Ī · Ū          [AdaLoRA] section 3.2
+        S_k = s(Λ_k) + mean s(P_k) + mean s(Q_k)    with s = Ī · Ū          [AdaLoRA] eq. 7 and 11
         """
         s = {key: self.sensitivity[key] * self.uncertainty[key] for key in self.sensitivity}
         return {n: s[f"{n}.E"] + (s[f"{n}.A"].mean(1) + s[f"{n}.B"].mean(0)) for n in self.layers}

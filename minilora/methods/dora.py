@@ -18,6 +18,7 @@ but the base's own output. What are rows here are columns in [DoRA], whose W is 
 Read before this file: torch_lora/layers.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from minilora.torch_lora.adapter_layer import AdapterLayer, dense_weight
 from minilora.torch_lora.layers import LoRAConv1D, LoRALinear, bypass
+from minilora.torch_lora.wrap import wrap_in
 
 TINY = torch.finfo(torch.float32).tiny  # of a row of zeros, in the place of its length: 0 / TINY is 0
 
@@ -102,22 +104,7 @@ class DoRAConv1D(DoRALinear, LoRAConv1D):
     """DoRA over GPT-2's `Conv1D`, which stores its weight as (in, out): one magnitude per output all the same."""
 
 
-def dora_layer(
-    base: nn.Module,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float = 0.0,
-    use_rslora: bool = False,
-    generator: torch.Generator | None = None,
-) -> DoRALinear:
-    """Wrap a base layer in the DoRA layer of its kind: the `wrap` of inject and load_adapter.
-
-    Raises:
-        TypeError: if the base is neither linear nor a Conv1D.
-    """
-    kind = DoRAConv1D if DoRAConv1D.accepts(base) else DoRALinear
-    return kind(base, r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora, generator=generator)
+dora_layer = partial(wrap_in, (DoRALinear, DoRAConv1D))  # the `wrap` of inject and load_adapter
 
 
 def rescaled(

@@ -14,7 +14,7 @@ paper, though they are coordinates in the old one. Adam and its decay are torch.
 eps before it corrects √V for its start, and lets the weights decay after the step. All states are float32, where the
 authors keep them in the dtype of the weights.
 
-Not here: one optimizer a layer that steps inside the backward, which saves the gradients as well ([GaLore] section 4).
+Not here: one optimizer a layer that steps inside the backward, which saves the gradients too ([GaLore] section 4.3).
 Read before this file: nothing.
 """
 

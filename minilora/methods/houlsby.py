@@ -13,8 +13,9 @@ it cannot be merged, and costs time when the model answers.
 [Houlsby] begins near the identity, with W_down and W_up both from N(0, 10⁻²), truncated at two standard deviations (the
 authors' code: 10⁻³); here W_up = 0 makes it the identity, bit for bit. f is the authors' own, GELU by tanh. Where the
 model has dropout, the adapter stands before it, theirs after it. They train the layer norms as well: so does
-train_modules(model, ["input_layernorm", "post_attention_layernorm"]) of torch_lora/inject. Read before this file:
-torch_lora/layers.
+torch_lora's train_modules(model, ["input_layernorm", "post_attention_layernorm"]).
+
+Read before this file: torch_lora/layers.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@
     W           (out, in) = U diag(σ) Vᵀ, σ falling;  or = Q R, the columns of Q orthonormal
 
         PiSSA   A0 = √(σ_r / scaling) V_rᵀ      B0 = U_r √(σ_r / scaling)            [PiSSA] section 3
-        OLoRA   A0 = R[:r]                      B0 = Q[:, :r]                        [OLoRA] section 3
+        OLoRA   A0 = R[:r]                      B0 = Q[:, :r]                        [OLoRA]
         h = x (W − scaling · B0 A0)ᵀ + scaling · (x Aᵀ) Bᵀ                           both
 
 In the papers, and in PEFT, W − scaling · B0 A0 takes W's place. Here W stays: the same h is that of LoRA of rank 2r,
@@ -24,6 +24,7 @@ Read before this file: torch_lora/layers; for LoftQ qlora/linear.
 """
 
 import math
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -32,7 +33,8 @@ from torch import Tensor, nn
 from minilora.qlora import NF4, Codebook, NF4Linear, Quantized, dequantize, quantize
 from minilora.torch_lora.adapter_layer import dense_weight
 from minilora.torch_lora.config import LoRAConfig
-from minilora.torch_lora.layers import LoRAConv1D, LoRALinear, refuse_unfit
+from minilora.torch_lora.layers import LoRAConv1D, LoRALayer, LoRALinear, refuse_unfit
+from minilora.torch_lora.wrap import lora_of, wrap_in
 
 TINY = torch.finfo(torch.float32).tiny  # of a weight of zeros, in the place of its norm: 0 / TINY is 0
 
@@ -75,15 +77,11 @@ class ShiftedLinear(LoRALinear):
         """Give [A − A0; A0] and [B, B − B0], whose product is B A − B0 A0."""
         return torch.cat([self.A - self.A0, self.A0]), torch.cat([self.B, self.B - self.B0], dim=1)
 
-    def as_lora(self) -> LoRALinear:
+    def as_lora(self) -> LoRALayer:
         """Give the plain LoRA layer of rank 2r, over the same base, with the same scaling and the same update now."""
-        kind = LoRAConv1D if self.stores_in_by_out else LoRALinear
         alpha = self.alpha * (math.sqrt(2) if self.use_rslora else 2)  # alpha / √r stays what it is, or alpha / r
-        own = torch.Generator(self.A.device)  # or a save would move torch's, and with it the dropout after it
-        layer = kind(
-            self.base, r=2 * self.r, alpha=alpha, dropout=self.dropout, use_rslora=self.use_rslora, generator=own
-        )
-        layer.A, layer.B = (nn.Parameter(matrix.detach()) for matrix in self.low_rank())
+        A, B = self.low_rank()
+        layer = lora_of(self.base, A, B, alpha=alpha, dropout=self.dropout, use_rslora=self.use_rslora)
         layer._kept = self._kept
         return layer.train(self.training)
 
@@ -111,7 +109,7 @@ class PiSSALinear(ShiftedLinear):
 class OLoRALinear(ShiftedLinear):
     """OLoRA: A and B begin as the first r rows of R and columns of Q, and these columns are orthonormal.
 
-    W = Q R,  A0 = R[:r],  B0 = Q[:, :r]            [OLoRA] section 3
+    W = Q R,  A0 = R[:r],  B0 = Q[:, :r]            [OLoRA]
     """
 
     @staticmethod
@@ -130,28 +128,8 @@ class OLoRAConv1D(OLoRALinear, LoRAConv1D):
     """OLoRA over GPT-2's `Conv1D`: Q and R are those of its weight's transpose, which PEFT's are not."""
 
 
-def pissa_layer(
-    base: nn.Module, *, r: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False
-) -> PiSSALinear:
-    """Wrap a base layer in the PiSSA layer of its kind: the `wrap` of inject.
-
-    Raises:
-        TypeError, ValueError: as PiSSALinear.
-    """
-    kind = PiSSAConv1D if PiSSAConv1D.accepts(base) else PiSSALinear
-    return kind(base, r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
-
-
-def olora_layer(
-    base: nn.Module, *, r: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False
-) -> OLoRALinear:
-    """Wrap a base layer in the OLoRA layer of its kind: the `wrap` of inject.
-
-    Raises:
-        TypeError, ValueError: as OLoRALinear.
-    """
-    kind = OLoRAConv1D if OLoRAConv1D.accepts(base) else OLoRALinear
-    return kind(base, r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+pissa_layer = partial(wrap_in, (PiSSALinear, PiSSAConv1D))  # the `wrap` of inject
+olora_layer = partial(wrap_in, (OLoRALinear, OLoRAConv1D))  # the `wrap` of inject
 
 
 class LoftQBase(NF4Linear):
@@ -192,7 +170,7 @@ def LoftQLinear(
     codebook: Codebook = NF4,
     block_size: int = 64,
     double: bool = True,
-) -> LoRALinear:
+) -> LoRALayer:
     """Wrap a linear layer in LoRA over 4 bits that begins near W: A and B hold the best of what rounding took.
 
         Q_t = quantize(W − scaling · B_{t−1} A_{t−1})                                 [LoftQ] algorithm 1
@@ -225,10 +203,7 @@ def LoftQLinear(
         errors = errors or [(lost.norm() / norm).item()]
         errors.append(((lost - update).norm() / norm).item())
     quantized = LoftQBase(Q, base.bias, r, tuple(errors))
-    layer = LoRALinear(quantized, r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
-    layer.A.copy_(A)
-    layer.B.copy_(B)
-    return layer
+    return lora_of(quantized, A, B, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
 
 
 def principal(

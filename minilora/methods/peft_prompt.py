@@ -7,11 +7,10 @@
     key heads            num_attention_heads (with grouped heads, of a prefix: those of the keys), num_layers
     an MLP               nothing: what it computes is in the file, and of its own numbers none
 
-Read before this file: prompt, torch_lora/peft_format.
+Read before this file: prompt, torch_lora/peft_files.
 """
 
 import reprlib
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,17 @@ from minilora.llm.model import Transformer
 from minilora.methods.prompt import PrefixTuning, PromptTuning, VirtualTokens
 from minilora.torch_lora.adapter_layer import StoresNoFloats
 from minilora.torch_lora.inject import InjectReport, adapter_layers, count_parameters, inject
-from minilora.torch_lora.peft_config import CONFIG_FILE, read_json_object
-from minilora.torch_lora.peft_format import BASE_FORM, TENSOR_FILE, stored_as, write_adapter
-from minilora.torch_lora.peft_tensors import read_tensors
+from minilora.torch_lora.peft_config import CONFIG_FILE, config_sha256, read_json_object
+from minilora.torch_lora.peft_files import (
+    BASE_FORM,
+    TENSOR_FILE,
+    read_tensors,
+    refuse_another_config,
+    stored_as,
+    warn_of_another_base,
+    warn_of_another_form,
+    write_adapter,
+)
 from minilora.torch_lora.replaced import all_finite
 
 KEY = "prompt_embeddings"
@@ -66,8 +73,7 @@ def save_prompt(
         config |= {"encoder_hidden_size": None, "prefix_projection": False}  # the file's P needs no MLP any more
     else:
         config |= {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
-    metadata = {"base_sha256": base_sha256, BASE_FORM: _form_of(layer.base)}
-    write_adapter(folder, config, {KEY: P.float()}, {key: text for key, text in metadata.items() if text})
+    write_adapter(folder, config, {KEY: P.float()}, {"base_sha256": base_sha256, BASE_FORM: _form_of(layer.base)})
 
 
 def load_prompt(model: nn.Module, folder: str | Path, *, base_sha256: str | None = None) -> InjectReport:
@@ -79,12 +85,14 @@ def load_prompt(model: nn.Module, folder: str | Path, *, base_sha256: str | None
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
-        ValueError: if a file is damaged, or does not fit the model (all mismatches at once).
+        ValueError: if a file is damaged, they were not written together, or do not fit the model (all mismatches at
+            once).
         TypeError: if the model is not a Decoder.
     """
     folder = Path(folder)
     config = read_json_object(folder / CONFIG_FILE)
     tensors, metadata = read_tensors(folder / TENSOR_FILE)
+    refuse_another_config(folder, config_sha256(config), metadata)
     kind = KINDS.get(str(config.get("peft_type")))
     if kind is None:
         raise ValueError(f"peft_type is {reprlib.repr(config.get('peft_type'))}: this reader knows {sorted(KINDS)}")
@@ -99,7 +107,8 @@ def load_prompt(model: nn.Module, folder: str | Path, *, base_sha256: str | None
         problems.append(f"the model has {has} already: remove(model) first, and let load_prompt make the layer")
     if problems:
         raise ValueError(f"{folder} does not fit this model:\n  " + "\n  ".join(problems))
-    _warn_of_another_base(metadata, base_sha256, _form_of(base))
+    warn_of_another_base(metadata.get("base_sha256"), base_sha256)
+    warn_of_another_form(metadata.get(BASE_FORM, ""), _form_of(base))
     if layer is None:
         layer = kind(base, n_virtual=len(tensors[KEY]))
         inject(model, ["model"], lambda _: layer)
@@ -172,19 +181,3 @@ def _tensor_problems(tensors: dict[str, Any], config: dict[str, Any], base: Tran
 def _form_of(base: nn.Module) -> str:
     """How the base's layers are stored, in their own words; "" for floats."""
     return "; ".join(sorted({stored_as(m) for m in base.modules() if isinstance(m, StoresNoFloats)}))
-
-
-def _warn_of_another_base(metadata: dict[str, str], sha256: str | None, form: str) -> None:
-    theirs, their_form = metadata.get("base_sha256"), metadata.get(BASE_FORM, "")
-    if theirs and sha256 and theirs != sha256:
-        warnings.warn(
-            f"these virtual tokens were trained before a base with SHA-256 {theirs[:12]}…, this base has "
-            f"{sha256[:12]}…: they fit in shape, but what they learned is for another model",
-            stacklevel=3,
-        )
-    if their_form and their_form != form:
-        warnings.warn(
-            f"these virtual tokens were trained before a base stored as {their_form}, here it is {form or 'floats'}: "
-            "they answer worse than they were trained to",
-            stacklevel=3,
-        )

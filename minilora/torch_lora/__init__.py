@@ -2,10 +2,12 @@
 
 from minilora.torch_lora.adapter_layer import merged
 from minilora.torch_lora.config import LoRAConfig
-from minilora.torch_lora.inject import count_parameters, inject, match_targets, remove, train_biases, train_modules
+from minilora.torch_lora.inject import count_parameters, inject, match_targets, remove
 from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALinear
-from minilora.torch_lora.peft_format import load_adapter, lora_layer, save_adapter
+from minilora.torch_lora.peft_format import load_adapter, save_adapter
 from minilora.torch_lora.targets import default_targets
+from minilora.torch_lora.train_whole import train_biases, train_modules
+from minilora.torch_lora.wrap import lora_layer
 
 __all__ = [
     "LoRAConfig",

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from minilora.torch_lora.import_layouts import MLX, MLX_TENSOR_FILE
 from minilora.torch_lora.peft_config import CONFIG_FILE, is_number, read_json_object
-from minilora.torch_lora.peft_format import TENSOR_FILE
+from minilora.torch_lora.peft_files import TENSOR_FILE, read_tensors
 from minilora.torch_lora.peft_patterns import parse_pattern, resolve
-from minilora.torch_lora.peft_tensors import EMBEDDING_SUFFIXES, LINEAR_SUFFIXES, read_tensors
+from minilora.torch_lora.peft_tensors import EMBEDDING_SUFFIXES, LINEAR_SUFFIXES
 from minilora.torch_lora.peft_whole import PREFIX
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be

@@ -28,8 +28,8 @@ from torch import Tensor
 from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.layers import LoRAEmbedding, LoRALinear
 from minilora.torch_lora.peft_config import CONFIG_FILE, config_of, is_number, read_json_object
-from minilora.torch_lora.peft_format import TENSOR_FILE, write_adapter
-from minilora.torch_lora.peft_tensors import key_of, read_tensors
+from minilora.torch_lora.peft_files import TENSOR_FILE, read_tensors, write_adapter
+from minilora.torch_lora.peft_tensors import key_of
 from minilora.torch_lora.peft_whole import is_finite_in
 
 MLX_TENSOR_FILE = "adapters.safetensors"

@@ -5,21 +5,21 @@
 
     report = inject(model, ["q_proj", "v_proj"], lambda base: LoRALinear(base, r=8, alpha=16))
 
-Nothing is changed before everything has been checked. What an adapter trains beside A and B, biases and whole modules,
-is chosen here as well. Read before this file: layers, replaced.
+Nothing is changed before everything has been checked. What else trains beside the adapters is chosen in train_whole.
+Read before this file: layers, replaced.
 """
 
 import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats
 from minilora.torch_lora.layers import LoRALayer, is_linear
-from minilora.torch_lora.replaced import freeze, give_back, replace_tensors, replaced_tensors, warn_of_untying
+from minilora.torch_lora.replaced import freeze, give_back, replaced_tensors
 
 Target = str | re.Pattern[str]
 ALL_LINEAR = "all-linear"
@@ -134,80 +134,6 @@ def freeze_all_but_adapters(model: nn.Module) -> None:
     for layer in adapter_layers(model).values():
         for tensor in layer.adapter_tensors().values():
             tensor.requires_grad_(True)
-
-
-def train_biases(model: nn.Module, which: Literal["all", "lora_only"] = "lora_only") -> list[str]:
-    """Let biases train: those of the adapted layers, or all of the model's. Give their names.
-
-    The model computes the same as before: copies stand in their place, and remove(model) gives the biases back.
-
-    Raises:
-        ValueError: if there are none, or one is of a layer that stores no floats, whose bias has no gradient.
-    """
-    names = bias_names(model)
-    if which == "lora_only":
-        layers = adapter_layers(model)
-        names = [name for name in names if name.removesuffix(".base.bias") in layers]
-    if not names:
-        whose = "no adapted layer of this model" if which == "lora_only" else "nothing in this model"
-        raise ValueError(f"{whose} has a bias: there is nothing to train")
-    refuse_to_train_without_floats(model, names)
-    _train_whole(model, names)
-    return names
-
-
-def train_modules(model: nn.Module, targets: Target | Sequence[Target]) -> dict[str, list[str]]:
-    """Let whole modules train, such as an output head beside the adapters. Give what each target hit.
-
-    The model computes the same as before: copies stand in place of the modules' tensors, and remove(model) gives these
-    back. Where one is tied to another module's tensor, the two are untied, as in PEFT, with a warning.
-
-    Raises:
-        ValueError: if a target hits nothing, or a module with an adapter in it, without tensors or without floats.
-    """
-    hits = match_targets(model, targets)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    adapted = adapter_layers(model)
-    names: dict[str, None] = {}  # in order, each once
-    for module in (name for found in hits.values() for name in found):
-        inside = [name for name in adapted if f"{name}.".startswith(f"{module}.")]
-        state = [f"{module}.{leaf}" for leaf in modules[module].state_dict()]
-        if inside or not state:
-            reason = f"it has an adapter, {inside[0]}" if inside else "it holds no tensors"
-            raise ValueError(f"{module} cannot train whole: {reason}; choose another target")
-        names |= dict.fromkeys(state)
-    refuse_to_train_without_floats(model, list(names))
-    _train_whole(model, list(names))
-    return hits
-
-
-def bias_names(model: nn.Module) -> list[str]:
-    """The names of all parameters that are called "bias", those of the layers under adapters too."""
-    return [name for name, _ in model.named_parameters(remove_duplicate=False) if name.rpartition(".")[2] == "bias"]
-
-
-def refuse_to_train_without_floats(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse to train tensors of layers that store no floats: they compute without gradients to their own tensors.
-
-    Raises:
-        ValueError: naming the first.
-    """
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    stored = [name for name, owner in owners.items() if isinstance(owner, StoresNoFloats)]
-    if stored:
-        raise ValueError(
-            f"{stored[0]} cannot train: {type(owners[stored[0]]).__name__} stores no floats and gives its own tensors "
-            "no gradient; leave it frozen, or put the adapter over a layer of floats"
-        )
-
-
-def _train_whole(model: nn.Module, names: list[str]) -> None:
-    there, state = replaced_tensors(model), model.state_dict(keep_vars=True)
-    new = {name: state[name] for name in names if name not in there}
-    warn_of_untying(model, new)
-    replace_tensors(model, new, trainable=True)
-    for name in there.keys() & set(names):
-        there[name].requires_grad_(there[name].is_floating_point())
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:

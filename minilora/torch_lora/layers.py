@@ -240,19 +240,6 @@ def refuse_unfit(base: nn.Module, layer: type[AdapterLayer]) -> None:
         refuse_codes(base)
 
 
-def refuse_to_fill(layer: nn.Module) -> None:
-    """Refuse a layer in which A and B of a file, or of a sum, would have another effect than there.
-
-    Raises:
-        ValueError: if its update is not that of its own A and B.
-    """
-    if isinstance(layer, LoRALayer) and layer.as_lora() is not layer:
-        raise ValueError(
-            f"a {layer.describe()} begins with A and B of its own, and what it saves is a plain LoRA of another r: "
-            "remove(model) takes it off, and wrap=lora_layer makes layers for that"
-        )
-
-
 def bypass(
     x: Float[Tensor, "*n in"],
     A: Float[Tensor, "r in"],

@@ -116,12 +116,12 @@ def read_config(path: Path) -> AdapterConfig:
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
-    """A hash of what a config says in the keys that are read: the tensors' file names by it the one it is written with.
+    """A hash of what a config says that could matter: the tensors' file names by it the one it is written with.
 
     The rest may change: a base is renamed, or a tool writes the same in other words, with keys that are empty.
     """
-    read = {key: value for key, value in config.items() if key in READ and value}
-    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+    said = {key: value for key, value in config.items() if key not in HARMLESS and value}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def config_of(layers: Mapping[str, Any], targets: list[str]) -> dict[str, object]:

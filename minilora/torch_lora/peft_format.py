@@ -1,5 +1,6 @@
 """Read and write adapters as PEFT does: adapter_config.json and adapter_model.safetensors in one folder.
 
+    peft_files       the two files, whatever method they are of
     peft_config      the keys of the config, and which of them are refused
     peft_patterns    layers with an r or an alpha of their own
     peft_tensors     A and B by PEFT's names
@@ -7,53 +8,37 @@
 
 Which layers an adapter touches is read from the names of its tensors, compared as text with the model's own names;
 nothing in a file becomes a path, a regular expression that is executed, or code. Only safetensors are opened.
-Read before this file: inject, and these four.
+Read before this file: inject, wrap, and these five.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
-from minilora.files import with_sorted_metadata, write_whole
-from minilora.torch_lora.adapter_layer import AdapterLayer, StoresNoFloats
+from minilora.torch_lora.adapter_layer import StoresNoFloats
 from minilora.torch_lora.config import LoRAConfig
-from minilora.torch_lora.inject import (
-    InjectReport,
-    adapter_layers,
-    count_parameters,
-    inject,
-    refuse_to_train_without_floats,
+from minilora.torch_lora.inject import InjectReport, adapter_layers, count_parameters, inject
+from minilora.torch_lora.layers import LoRAConv1D, LoRALayer
+from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, config_of, read_config
+from minilora.torch_lora.peft_files import (
+    BASE_FORM,
+    TENSOR_FILE,
+    form_of_bases,
+    read_tensors,
+    refuse_another_config,
+    warn_of_another_base,
+    warn_of_another_form,
+    write_adapter,
 )
-from minilora.torch_lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, kind_of, refuse_to_fill
-from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, config_of, config_sha256, read_config
-from minilora.torch_lora.peft_tensors import fit_adapter, hits_by_leaf, matrices_by_key, read_tensors
+from minilora.torch_lora.peft_tensors import fit_adapter, hits_by_leaf, matrices_by_key
 from minilora.torch_lora.peft_whole import in_model, whole_to_write
-from minilora.torch_lora.replaced import all_finite, replace_tensors, replaced_tensors, warn_of_untying
-
-TENSOR_FILE = "adapter_model.safetensors"
-BASE_FORM = "base_stored_as"  # in its metadata, where the base does not store floats
-CONFIG_SHA256 = "config_sha256"  # in the metadata of the tensors that are written here
-
-
-def lora_layer(
-    base: nn.Module,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float = 0.0,
-    use_rslora: bool = False,
-    generator: torch.Generator | None = None,
-) -> LoRALayer:
-    """Wrap a base layer in the LoRA layer of its kind."""
-    kind = kind_of(base) or LoRALinear  # which refuses what it cannot wrap, and says so
-    its_dropout = 0.0 if kind is LoRAEmbedding else dropout
-    return kind(base, r=r, alpha=alpha, dropout=its_dropout, use_rslora=use_rslora, generator=generator)
+from minilora.torch_lora.replaced import replace_tensors, replaced_tensors, warn_of_untying
+from minilora.torch_lora.train_whole import refuse_to_train_without_floats
+from minilora.torch_lora.wrap import lora_layer, refuse_to_fill
 
 
 def save_adapter(
@@ -89,30 +74,7 @@ def save_adapter(
     config |= {"use_dora": True} if use_dora else {}  # older versions of PEFT know few keys
     matrices = {k: tensor for name, layer in layers.items() for k, tensor in matrices_by_key(name, layer).items()}
     tensors = {key: tensor.float() for key, tensor in matrices.items()} | whole
-    metadata = {"base_sha256": base_sha256, BASE_FORM: form_of_bases(layers)}
-    write_adapter(folder, config, tensors, {key: text for key, text in metadata.items() if text})
-
-
-def write_adapter(
-    folder: str | Path, config: Mapping[str, object], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write the two files of an adapter, both or none, by names and keys that are PEFT's already.
-
-    They are renamed one after the other: should the process be killed in between, the tensors name a config that is not
-    there, and load_adapter refuses them.
-
-    Raises:
-        ValueError: if a tensor holds a NaN or an infinity.
-    """
-    broken = [key for key, tensor in tensors.items() if not all_finite(tensor)]
-    if broken:
-        raise ValueError(f"{len(broken)} tensors of this adapter hold NaN or infinite values, the first is {broken[0]}")
-    stored = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-    folder, config_json = Path(folder), json.dumps(config, indent=2, sort_keys=True) + "\n"
-    about = {"format": "pt"} | dict(metadata) | {CONFIG_SHA256: config_sha256(config)}
-    tensor_file = with_sorted_metadata(save(stored, about))
-    files = {TENSOR_FILE: tensor_file, CONFIG_FILE: config_json.encode()}
-    write_whole({folder / name: content for name, content in files.items()})
+    write_adapter(folder, config, tensors, {"base_sha256": base_sha256, BASE_FORM: form_of_bases(layers)})
 
 
 def load_adapter(
@@ -141,7 +103,7 @@ def load_adapter(
     folder = Path(folder)
     config = read_config(folder / CONFIG_FILE)
     tensors, metadata = read_tensors(folder / TENSOR_FILE)
-    refuse_another_config(folder, config, metadata)
+    refuse_another_config(folder, config.sha256, metadata)
     pairs, whole = fit_adapter(model, tensors, config)
     settings = {name: config.settings_of(name) for name in pairs}
     _refuse_another_method(adapter_layers(model), config)
@@ -163,47 +125,6 @@ def load_adapter(
                 tensor.copy_(pair[ours])
     replace_tensors(model, in_model(model, whole), trainable=train_replaced)
     return InjectReport(hits_by_leaf(sorted(pairs)), count_parameters(model))
-
-
-def base_form(folder: str | Path) -> str | None:
-    """How the base was stored under an adapter when it was saved, such as "nf4, block_size=64, double"; None: floats.
-
-    Files of other programs do not say it.
-
-    Raises:
-        FileNotFoundError, ValueError: if there is no such file, or it is damaged.
-    """
-    _, metadata = read_tensors(Path(folder) / TENSOR_FILE)
-    return metadata.get(BASE_FORM)
-
-
-def form_of_bases(layers: Mapping[str, AdapterLayer]) -> str:
-    """How the bases of these layers are stored, in their own words, "" for floats; embeddings always are floats."""
-    bases = [layer.base for layer in layers.values() if not isinstance(layer, LoRAEmbedding)]
-    forms = {stored_as(base) if isinstance(base, StoresNoFloats) else "floats" for base in bases}
-    return "; ".join(sorted(forms)) if forms - {"floats"} else ""
-
-
-def stored_as(base: StoresNoFloats) -> str:
-    """The base's own words for how it is stored, or its kind."""
-    return getattr(base, "stored_as", type(base).__name__)
-
-
-def refuse_another_config(folder: Path, config: AdapterConfig, metadata: Mapping[str, str]) -> None:
-    """Refuse tensors that were written with other settings than those in the config beside them.
-
-    An error and no warning: with another alpha an adapter loads, and answers wrongly. Files of others, which name no
-    config, are taken as they are.
-
-    Raises:
-        ValueError: if it is so; it says what to do where the config was changed on purpose.
-    """
-    if metadata.get(CONFIG_SHA256, config.sha256) != config.sha256:
-        raise ValueError(
-            f"{folder / CONFIG_FILE} is not the config that {TENSOR_FILE} was written with. If writing was cut off "
-            "between the two, save the adapter again. If the config was changed by hand: what you mean is written with "
-            "peft_format.write_adapter(folder, json.loads(config_text), *peft_tensors.read_tensors(tensor_file))"
-        )
 
 
 def shortest_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
@@ -304,25 +225,5 @@ def _warn_of_idle_patterns(config: AdapterConfig, settings: Mapping[str, LoRACon
     if idle:
         warnings.warn(
             f"the config's patterns {idle} hit no layer of this adapter: they change nothing, in PEFT neither",
-            stacklevel=3,
-        )
-
-
-def warn_of_another_base(theirs: str | None, ours: str | None) -> None:
-    """Warn where both SHA-256 are known and differ."""
-    if theirs and ours and theirs != ours:
-        warnings.warn(
-            f"this adapter was trained on a base with SHA-256 {ascii(theirs)[1:13]}…, this base has {ours[:12]}…: "
-            "it fits in shape, but what it learned is the difference to another model",
-            stacklevel=3,
-        )
-
-
-def warn_of_another_form(theirs: str, ours: str) -> None:
-    """Warn where the adapter was trained over a base that was stored in no floats, and is over another here."""
-    if theirs and theirs != ours:
-        warnings.warn(
-            f"this adapter was trained over a base stored as {ascii(theirs)[1:-1]}, here over {ours or 'floats'}: it "
-            "answers worse there than it was trained to; wrap=QLoRALinear puts a linear layer into 4 bits",
             stacklevel=3,
         )

@@ -3,13 +3,15 @@
     keys       our name of a tensor → how its key in the file ends: {"l": ".ia3_l"}
     <key>      base_model.model.<path><end>, as PEFT begins them all
 
-Nothing here knows a method: methods/peft_ia3 and methods/houlsby_format use it. Only linear layers are looked at, and
-biases alone cannot be in these files: whole modules can. Read before this file: peft_format.
+Nothing here knows a method: methods/peft_ia3, peft_adalora and houlsby_format use it. Only linear layers are looked at.
+Whole modules can be in all of these files, biases alone where a config has a word for them.
+
+Read before this file: peft_format.
 """
 
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,24 @@ from minilora.torch_lora.adapter_layer import AdapterLayer
 from minilora.torch_lora.config import LoRAConfig
 from minilora.torch_lora.inject import InjectReport, adapter_layers, count_parameters, inject
 from minilora.torch_lora.layers import is_linear
-from minilora.torch_lora.peft_config import CONFIG_FILE, HARMLESS, AdapterConfig, read_json_object
-from minilora.torch_lora.peft_format import (
+from minilora.torch_lora.peft_config import CONFIG_FILE, HARMLESS, AdapterConfig, config_sha256, read_json_object
+from minilora.torch_lora.peft_files import (
     BASE_FORM,
     TENSOR_FILE,
     form_of_bases,
-    refuse_merged,
+    read_tensors,
+    refuse_another_config,
     warn_of_another_base,
     warn_of_another_form,
     write_adapter,
 )
-from minilora.torch_lora.peft_tensors import hits_by_leaf, read_tensors
+from minilora.torch_lora.peft_format import refuse_merged
+from minilora.torch_lora.peft_tensors import hits_by_leaf
 from minilora.torch_lora.peft_whole import PREFIX, fit_whole, in_model, is_finite_in, whole_to_write
 from minilora.torch_lora.replaced import replace_tensors, replaced_tensors, warn_of_untying
 
-Found = dict[str, dict[str, Tensor]]  # by layer, by our names
+Tensors = dict[str, Tensor]  # of one layer, by our names
+Found = dict[str, Tensors]  # by layer
 
 
 def write_layers(
@@ -44,21 +49,24 @@ def write_layers(
     config: Mapping[str, object],
     base_name: str | None,
     base_sha256: str | None,
+    *,
+    has_biases: bool = False,
 ) -> None:
     """Write a model's adapter, its tensors by the layers' names with the keys' ends, and the modules that train whole.
 
-    Both files are written, or none.
+    Both files are written, or none. `has_biases` says that the method's config has PEFT's word for biases that train.
 
     Raises:
-        ValueError: if biases were replaced, or a tensor holds a NaN or an infinity.
+        ValueError: if biases were replaced that it has no word for, or a tensor holds a NaN or an infinity.
     """
     whole, bias, modules = whole_to_write(model)
-    if bias != "none":
+    if bias != "none" and not has_biases:
         raise ValueError(f"biases train beside this adapter (bias={bias!r}), and its file has no words for them")
     named = {f"{PREFIX}{name}": tensor.float() for name, tensor in tensors.items()}
     about = {"base_model_name_or_path": base_name, "inference_mode": True, "modules_to_save": modules or None}
+    about |= {"bias": bias} if has_biases else {}
     metadata = {"base_sha256": base_sha256, BASE_FORM: form_of_bases(adapter_layers(model))}
-    write_adapter(folder, dict(config) | about, named | whole, {key: text for key, text in metadata.items() if text})
+    write_adapter(folder, dict(config) | about, named | whole, metadata)
 
 
 def layers_of(model: nn.Module, kind: type[AdapterLayer]) -> dict[str, Any]:
@@ -98,33 +106,38 @@ def read_config_of(
     return config
 
 
+def fill_whole(name: str, layer: AdapterLayer, tensors: Tensors) -> None:
+    """Put a file's tensors where the layer has them, of the same numbers in its own shape."""
+    for ours, tensor in layer.adapter_tensors().items():
+        tensor.copy_(tensors[ours].reshape(tensor.shape))
+
+
 def load_layers(
     model: nn.Module,
     folder: Path,
     keys: Mapping[str, str],
     config: Mapping[str, Any],
-    wrap: Callable[[str, nn.Module, dict[str, Tensor]], AdapterLayer],
-    misfits: Callable[[str, nn.Module, dict[str, Tensor]], list[str]],
+    wrap: Callable[[str, nn.Module, Tensors], AdapterLayer],
+    misfits: Callable[[str, nn.Module, Tensors], list[str]],
     base_sha256: str | None,
+    *,
+    fill: Callable[[str, Any, Tensors], None] = fill_whole,
+    promised: Collection[str] = (),
 ) -> InjectReport:
     """Read a file's tensors into a model, strictly: every tensor is used and every slot is filled.
 
-    `misfits(name, layer or base, tensors)` tells what is wrong with the tensors of one layer, and `wrap` of the same
-    makes the layer where the model has none. Everything is checked before the model is touched.
+    `misfits(name, layer or base, tensors)` tells what is wrong with the tensors of one layer, `wrap` of the same
+    makes the layer where the model has none, and `fill(name, layer, tensors)` puts them there. `promised` are layers
+    that the config names. Everything is checked before the model is touched.
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if it is damaged, or does not fit the model (all mismatches at once).
+        ValueError: if it is damaged, was not written with the config beside it, or does not fit the model (all
+            mismatches at once).
     """
     tensors, metadata = read_tensors(folder / TENSOR_FILE)
-    found, rest, problems = _by_layer(model, tensors, keys)
-    for name, its in found.items():
-        problems += misfits(name, model.get_submodule(name), its)
-    saved = AdapterConfig(default=LoRAConfig(), modules_to_save=tuple(config.get("modules_to_save") or ()))
-    whole, more = fit_whole(model, saved, rest, set(found))
-    problems += more
-    if problems or not found:
-        raise ValueError("this adapter does not fit the model:\n  " + "\n  ".join(sorted(problems) or ["it is empty"]))
+    refuse_another_config(folder, config_sha256(config), metadata)
+    found, whole = _fit(model, tensors, keys, config, misfits, promised)
     refuse_merged(model)
     warn_of_another_base(metadata.get("base_sha256"), base_sha256)
     there = replaced_tensors(model)
@@ -136,10 +149,36 @@ def load_layers(
     warn_of_another_form(metadata.get(BASE_FORM, ""), form_of_bases(adapter_layers(model)))
     with torch.no_grad():
         for name, layer in adapter_layers(model).items():
-            for ours, tensor in layer.adapter_tensors().items():
-                tensor.copy_(found[name][ours].reshape(tensor.shape))
+            fill(name, layer, found[name])
     replace_tensors(model, in_model(model, whole), trainable=False)
     return InjectReport(hits_by_leaf(sorted(found)), count_parameters(model))
+
+
+def _fit(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    keys: Mapping[str, str],
+    config: Mapping[str, Any],
+    misfits: Callable[[str, nn.Module, Tensors], list[str]],
+    promised: Collection[str],
+) -> tuple[Found, dict[str, Tensor]]:
+    """Sort a file's tensors: those of the layers, and those that replace the base's; refuse what does not fit, at once.
+
+    Raises:
+        ValueError: naming every tensor that is unknown, missing, of a wrong shape or not finite.
+    """
+    found, rest, problems = _by_layer(model, tensors, keys)
+    idle = [name for name in promised if not any(f"{PREFIX}{name}{end}" in tensors for end in keys.values())]
+    problems += [f"{reprlib.repr(name)}: the config names it, the file has no such layer" for name in idle]
+    for name, its in found.items():
+        problems += misfits(name, model.get_submodule(name), its)
+    modules, bias = tuple(config.get("modules_to_save") or ()), config.get("bias") or "none"
+    replacing = AdapterConfig(default=LoRAConfig(), modules_to_save=modules, bias=bias)
+    whole, more = fit_whole(model, replacing, rest, set(found))
+    problems += more
+    if problems or not found:
+        raise ValueError("this adapter does not fit the model:\n  " + "\n  ".join(sorted(problems) or ["it is empty"]))
+    return found, whole
 
 
 def _by_layer(

@@ -1,4 +1,4 @@
-"""The tensors of PEFT's adapter files: read without trust, and sorted by the layers of a model.
+"""The tensors of PEFT's adapter files, sorted by the layers of a model.
 
     A, B of a linear layer       base_model.model.<path>.lora_A.weight, .lora_B.weight
     A, B of an embedding         base_model.model.<path>.lora_embedding_A, .lora_embedding_B   (no ".weight")
@@ -8,10 +8,7 @@ Names are compared as text with the model's own: none becomes a path or a patter
 peft_whole. Read before this file: peft_config, peft_whole.
 """
 
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minilora.torch_lora.inject import adapter_layers
@@ -33,27 +30,6 @@ def matrices_by_key(name: str, layer: LoRALayer) -> dict[str, Tensor]:
 def key_of(name: str, ours: str, kind: type[LoRALayer] = LoRALinear) -> str:
     """PEFT's name for a layer's "A", "B" or "m"."""
     return f"{PREFIX}{name}{(EMBEDDING_SUFFIXES if kind is LoRAEmbedding else DORA_SUFFIXES)[ours]}"
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors and its metadata.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is damaged or cut short, or names a tensor with characters that no terminal should be sent.
-    """
-    if not path.is_file():
-        pickled = path.with_name("adapter_model.bin")
-        hint = f"; {pickled.name} is a pickle, which can run code: it is never opened" if pickled.exists() else ""
-        raise FileNotFoundError(f"there is no {path}{hint}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys, metadata = file.keys(), file.metadata() or {}
-            if odd := [key for key in keys if not key.isprintable()]:
-                raise ValueError(f"{path} names a tensor {odd[0][:200]!r}: such characters are in no module's name")
-            return {key: file.get_tensor(key) for key in keys}, metadata
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from None
 
 
 def fit_adapter(

@@ -24,9 +24,9 @@ from minilora.torch_lora.adapter_cache import Adapter, AdapterCache
 from minilora.torch_lora.batch_rows import BatchRows, RoutedLinear, Routing
 from minilora.torch_lora.inject import ALL_LINEAR, Target, inject, match_targets
 from minilora.torch_lora.layers import LoRAConv1D, LoRALinear, refuse_unfit
-from minilora.torch_lora.peft_config import AdapterConfig, read_config
-from minilora.torch_lora.peft_format import CONFIG_FILE, TENSOR_FILE, refuse_another_config
-from minilora.torch_lora.peft_tensors import fit_adapter, matrix_named, read_tensors
+from minilora.torch_lora.peft_config import CONFIG_FILE, AdapterConfig, read_config
+from minilora.torch_lora.peft_files import TENSOR_FILE, read_tensors, refuse_another_config
+from minilora.torch_lora.peft_tensors import fit_adapter, matrix_named
 
 
 class AdapterServer:
@@ -98,7 +98,7 @@ class AdapterServer:
             raise FileNotFoundError(f"there is no {path}")
         try:
             with safe_open(path, framework="pt") as file:
-                refuse_another_config(folder, config, file.metadata() or {})
+                refuse_another_config(folder, config.sha256, file.metadata() or {})
                 shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from None
@@ -110,7 +110,7 @@ class AdapterServer:
         """Read an adapter with peft_tensors' own checks, against layers that hold no numbers."""
         config = served_config(folder)
         tensors, metadata = read_tensors(folder / TENSOR_FILE)
-        refuse_another_config(folder, config, metadata)
+        refuse_another_config(folder, config.sha256, metadata)
         pairs, _ = fit_adapter(self._plain, tensors, config)
         if others := sorted(pairs.keys() - self._served.keys()):
             raise ValueError(

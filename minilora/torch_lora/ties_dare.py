@@ -23,16 +23,15 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from minilora.torch_lora.arithmetic import (
-    Adapter,
     Combined,
     Distance,
     ErrorReport,
     LayerReport,
-    Update,
     check_rank,
     distance_from_sum,
     stacked,
 )
+from minilora.torch_lora.updates import Adapter, Update
 
 CHUNK = 1 << 22  # numbers of a matrix (rows × in) that are there at once, of each adapter
 OVERSAMPLING = 8  # columns more than r: [Halko] section 4.2 asks for 5 or 10

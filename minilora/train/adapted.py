@@ -26,7 +26,7 @@ from minilora.llm.tokenizer import Tokenizer, read_json
 from minilora.methods import layer_for
 from minilora.qlora.linear import DEFAULT_FORM, kept_as
 from minilora.torch_lora import load_adapter
-from minilora.torch_lora.peft_format import base_form
+from minilora.torch_lora.peft_files import base_form
 from minilora.train.bnb_folder import load_4_bit
 from minilora.train.templates import MODEL, with_template, with_trained_template
 

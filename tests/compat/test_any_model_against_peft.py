@@ -1,17 +1,25 @@
-"""Eleven architectures of transformers, with the layers that PEFT adapts: the same outputs, gradients, training, files.
-
-Tolerances are those of float32: each number here is a sum of at most 99 products, of size 1 or so, that the two sides
-may add up in another order: 99 · 6e-8 < 1e-5.
-"""
+"""Eleven architectures of transformers, with the layers that PEFT adapts: the same outputs, gradients and files."""
 
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+from beside_peft import (
+    CLOSE,
+    LORA_NAMES,
+    MODELS,
+    QUIET,
+    assert_same_training,
+    backward,
+    copy_from_peft,
+    logits_of,
+    pairs,
+    tiny,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import Tensor, nn
+from torch import nn
 
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import inject, load_adapter, lora_layer, save_adapter
@@ -19,58 +27,8 @@ from minilora.torch_lora.inject import adapter_layers, match_targets
 from minilora.torch_lora.serve import AdapterServer
 from minilora.torch_lora.targets import DEFAULT_TARGETS, default_targets
 
-# A name that transformers will drop, and PEFT's word that it looked for a hub's config: nothing that is compared here.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
-]
-
-SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-WITH_MLP = SMALL | {"intermediate_size": 48}
-OF_GPT = {"vocab_size": 99, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
-OF_T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-MODELS = {
-    "bert": (tf.BertForMaskedLM, tf.BertConfig, WITH_MLP),
-    "bloom": (tf.BloomForCausalLM, tf.BloomConfig, OF_GPT | {"hidden_size": 32}),
-    "falcon": (tf.FalconForCausalLM, tf.FalconConfig, SMALL | {"bias": True, "bos_token_id": 1, "eos_token_id": 2}),
-    "gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config, OF_GPT | {"n_embd": 32}),
-    "gpt_neox": (tf.GPTNeoXForCausalLM, tf.GPTNeoXConfig, WITH_MLP),
-    "llama": (tf.LlamaForCausalLM, tf.LlamaConfig, WITH_MLP | {"num_key_value_heads": 2}),
-    "mistral": (tf.MistralForCausalLM, tf.MistralConfig, WITH_MLP | {"num_key_value_heads": 2}),
-    "opt": (tf.OPTForCausalLM, tf.OPTConfig, SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 16}),
-    "phi": (tf.PhiForCausalLM, tf.PhiConfig, WITH_MLP),
-    "qwen2": (tf.Qwen2ForCausalLM, tf.Qwen2Config, WITH_MLP | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "t5": (tf.T5ForConditionalGeneration, tf.T5Config, OF_T5),
-    # T5 1.1: another MLP, which looks at its wo.weight too, and a head of its own
-    "t5 gated": (
-        tf.T5ForConditionalGeneration,
-        tf.T5Config,
-        OF_T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-    ),
-}
+pytestmark = QUIET
 DEFAULT, ALL_LINEAR = "default", "all-linear"
-TOKENS = torch.arange(2, 26).reshape(2, 12)
-
-
-def tiny(kind: str, **changes) -> nn.Module:
-    """A random model with logits of size 1, and biases and norms that are not the zeros and ones of a new one."""
-    model_class, config_class, sizes = MODELS[kind]
-    torch.manual_seed(1)
-    model = model_class(config_class(**(sizes | changes))).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-        else:  # T5 does not divide the scores of attention by √head_dim: its q starts smaller, by so much
-            nn.init.normal_(parameter, std=0.05 if name.endswith("Attention.q.weight") else 0.15)
-    return model
-
-
-def logits_of(model: nn.Module, kind: str) -> Tensor:
-    """Logits of two texts, the second of them padded."""
-    mask = torch.ones_like(TOKENS)
-    mask[1, 9:] = 0
-    given = {"decoder_input_ids": TOKENS[:, :7]} if kind.startswith("t5") else {}
-    return model(input_ids=TOKENS, attention_mask=mask, **given).logits
 
 
 def in_peft(kind: str, targets: str, **changes) -> PeftModel:
@@ -90,43 +48,8 @@ def in_ours(kind: str, targets: str, theirs: PeftModel, **changes) -> nn.Module:
     model = tiny(kind, **changes)
     chosen = default_targets(model) if targets == DEFAULT else targets
     inject(model, chosen, lambda base: lora_layer(base, r=4, alpha=6))
-    matrices = peft_matrices(theirs)
-    with torch.no_grad():
-        for key, matrix in our_matrices(model).items():
-            matrix.copy_(matrices[key])
+    copy_from_peft(pairs(model, theirs))
     return model
-
-
-def our_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        f"{name}.{letter}": getattr(layer, letter) for name, layer in adapter_layers(model).items() for letter in "AB"
-    }
-
-
-def peft_matrices(model: PeftModel) -> dict[str, nn.Parameter]:
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {
-        name.removeprefix("base_model.model.").replace(".lora_", ".").removesuffix(".default.weight"): p
-        for name, p in found.items()
-    }
-
-
-def backward(model: nn.Module, kind: str) -> Tensor:
-    """Gradients of a loss; the logits it came from."""
-    logits = logits_of(model, kind)
-    model.zero_grad()
-    nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, : logits.shape[1]].flatten()).backward()
-    return logits.detach()
-
-
-def assert_same_outputs_and_gradients(ours: nn.Module, theirs: PeftModel, kind: str) -> None:
-    torch.testing.assert_close(backward(ours, kind), backward(theirs, kind), rtol=1e-5, atol=1e-5)
-    expected = peft_matrices(theirs)
-    for key, matrix in our_matrices(ours).items():
-        assert expected[key].grad.abs().max() > 1e-4, key  # or equality would say little
-        torch.testing.assert_close(
-            matrix.grad, expected[key].grad, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
-        )
 
 
 @pytest.fixture(params=MODELS)
@@ -152,7 +75,11 @@ def test_the_same_layers_are_adapted(kind, targets):
     ours = {name for names in hits.values() for name in names}
     head = model.get_output_embeddings()
 
-    assert {f"{name}.{letter}" for name in ours for letter in "AB"} == peft_matrices(in_peft(kind, targets)).keys()
+    theirs = in_peft(kind, targets)
+
+    assert {f"base_model.model.{name}.{matrix}" for name in ours for matrix in LORA_NAMES.values()} == {
+        name for name, parameter in theirs.named_parameters() if parameter.requires_grad
+    }
     if targets == ALL_LINEAR:
         linear = (nn.Linear, tf.pytorch_utils.Conv1D)
         assert ours == {n for n, m in model.named_modules() if isinstance(m, linear) and m is not head}
@@ -164,17 +91,10 @@ def test_outputs_and_gradients_are_the_same_before_and_after_three_steps(kind, t
     ours = in_ours(kind, targets, theirs)
     before = logits_of(ours, kind).detach()
     assert (before - logits_of(tiny(kind), kind)).abs().max() > 0.1
-    assert_same_outputs_and_gradients(ours, theirs, kind)
-
-    sides = [ours, theirs]
-    optimizers = [optimizer([p for p in side.parameters() if p.requires_grad], lr=1e-2) for side in sides]
-    for _ in range(3):
-        for side, step in zip(sides, optimizers, strict=True):
-            backward(side, kind)
-            step.step()
+    named = pairs(ours, theirs)
+    assert_same_training(named, lambda: (backward(ours, kind), backward(theirs, kind)), optimizer)
 
     assert (before - logits_of(ours, kind)).abs().max() > 1e-3
-    assert_same_outputs_and_gradients(ours, theirs, kind)
 
 
 def test_our_adapter_opens_in_peft(tmp_path, kind, targets):
@@ -182,7 +102,7 @@ def test_our_adapter_opens_in_peft(tmp_path, kind, targets):
     save_adapter(ours, tmp_path, base_name=f"tiny/{kind}", task_type=None)
     theirs = PeftModel.from_pretrained(tiny(kind), tmp_path).eval()
 
-    torch.testing.assert_close(logits_of(theirs, kind), logits_of(ours, kind), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(theirs, kind), logits_of(ours, kind), **CLOSE)
 
 
 def test_pefts_adapter_opens_in_ours(tmp_path, kind, targets):
@@ -191,7 +111,7 @@ def test_pefts_adapter_opens_in_ours(tmp_path, kind, targets):
     ours = tiny(kind)
     load_adapter(ours, tmp_path)
 
-    torch.testing.assert_close(logits_of(ours, kind), logits_of(theirs, kind), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(ours, kind), logits_of(theirs, kind), **CLOSE)
 
 
 def test_merging_is_the_same_in_each(kind):
@@ -200,7 +120,7 @@ def test_merging_is_the_same_in_each(kind):
     for layer in adapter_layers(ours).values():
         layer.merge()
 
-    torch.testing.assert_close(logits_of(ours, kind), logits_of(theirs.merge_and_unload(), kind), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(ours, kind), logits_of(theirs.merge_and_unload(), kind), **CLOSE)
 
 
 @torch.inference_mode()
@@ -217,8 +137,8 @@ def test_a_served_row_is_what_the_adapter_alone_makes_of_it(tmp_path, kind, targ
             return
         together = logits_of(served, kind)
 
-    torch.testing.assert_close(together[0], logits_of(ours, kind)[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(together[1], plain[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together[0], logits_of(ours, kind)[0], **CLOSE)
+    torch.testing.assert_close(together[1], plain[1], **CLOSE)
 
 
 def serving(model: nn.Module, folder: Path, adapted: nn.Module) -> AdapterServer:
@@ -255,10 +175,11 @@ def test_blooms_product_by_slices_of_a_weight_has_the_adapter_in_it():
         for layer in read:
             nn.init.zeros_(layer.base.bias)
 
-    torch.testing.assert_close(backward(sliced, "bloom"), backward(whole, "bloom"), rtol=1e-5, atol=1e-5)
-    expected = our_matrices(whole)
-    for key, matrix in our_matrices(sliced).items():
-        torch.testing.assert_close(matrix.grad, expected[key].grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(backward(sliced, "bloom"), backward(whole, "bloom"), **CLOSE)
+    expected = adapter_layers(whole)
+    for name, layer in adapter_layers(sliced).items():
+        for letter, matrix in layer.adapter_tensors().items():
+            torch.testing.assert_close(matrix.grad, getattr(expected[name], letter).grad, **CLOSE)
 
 
 def test_t5_reads_the_dtype_of_a_weight_in_4_bits():

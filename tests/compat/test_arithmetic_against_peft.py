@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from minilora.torch_lora import load_adapter, remove, save_adapter
-from minilora.torch_lora.arithmetic import Update, cat, linear, set_updates, svd, updates_of
+from minilora.torch_lora.arithmetic import cat, linear, svd
 from minilora.torch_lora.ties_dare import ties
+from minilora.torch_lora.updates import Update, set_updates, updates_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The density 1.0 is greater:UserWarning:peft"),

@@ -19,7 +19,7 @@ from minilora.llm.gguf_vocabulary import vocabulary_of
 from minilora.llm.write_gguf import write_adapter, write_model
 from minilora.torch_lora import LoRALinear, inject, load_adapter, save_adapter
 from minilora.torch_lora.inject import ALL_LINEAR, adapter_layers
-from minilora.torch_lora.peft_format import lora_layer
+from minilora.torch_lora.wrap import lora_layer
 from minilora.train.export import adapter_pairs, export, merged_weight
 from minilora.train.extraction import write
 from minilora.train.finetune import Recipe, fine_tune

@@ -1,25 +1,32 @@
-"""IA³ in PEFT and here, on the same models: outputs, gradients, three steps, merging, and files in both directions.
-
-Tolerances are those of float32, for sums of at most 99 products of size 1 or so: 99 · 6e-8 < 1e-5.
-"""
+"""IA³ in PEFT and here, on the same models: outputs, gradients, three steps, merging, and files in both directions."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from beside_peft import (
+    CLOSE,
+    QUIET,
+    assert_files_go_both_ways,
+    assert_same_training,
+    backward,
+    copy_from_peft,
+    logits_of,
+    pairs,
+    tiny,
+)
 from peft import IA3Config, PeftModel, get_peft_model
-from test_any_model_against_peft import backward, logits_of, tiny
 from torch import nn
 
 from minilora.methods import inject_ia3, load_ia3, save_ia3
-from minilora.torch_lora.inject import adapter_layers, train_modules
+from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.merging import MergeReport, merged_state
+from minilora.torch_lora.train_whole import train_modules
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
-]
+pytestmark = QUIET
 OUTPUTS = {"llama": ["k_proj", "v_proj"], "gpt2": ["c_attn"], "qwen2": ["k_proj", "v_proj"], "t5": ["k", "v"]}
+PEFT_NAMES = {"l": "ia3_l.default"}
 INPUTS = {"llama": ["down_proj"], "gpt2": ["mlp.c_proj"], "qwen2": ["down_proj"], "t5": ["wo"]}
 
 
@@ -33,16 +40,6 @@ def in_peft(kind: str, **more) -> PeftModel:
     return model.eval()
 
 
-def pairs(ours: nn.Module, theirs: PeftModel) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Every trained vector of ours with PEFT's own, which is a column or a row."""
-    named = {name: p for name, p in theirs.named_parameters() if "ia3_l" in name}
-    found = {
-        n: (layer.l, named.pop(f"base_model.model.{n}.ia3_l.default")) for n, layer in adapter_layers(ours).items()
-    }
-    assert not named
-    return found
-
-
 @pytest.fixture(params=OUTPUTS)
 def kind(request):
     return request.param
@@ -52,40 +49,21 @@ def kind(request):
 def both(kind):
     theirs, ours = in_peft(kind), tiny(kind)
     inject_ia3(ours, outputs=OUTPUTS[kind], inputs=INPUTS[kind])
-    with torch.no_grad():
-        for mine, its in pairs(ours, theirs).values():
-            mine.copy_(its.flatten())
+    copy_from_peft(pairs(ours, theirs, PEFT_NAMES))
     return ours, theirs
 
 
 def test_outputs_and_gradients_before_and_after_three_steps(both, kind):
     ours, theirs = both
-    named = pairs(ours, theirs)
-    optimizers = [torch.optim.AdamW(side, lr=1e-2) for side in zip(*named.values(), strict=True)]
-    for _ in range(4):
-        torch.testing.assert_close(backward(ours, kind), backward(theirs, kind), rtol=1e-5, atol=1e-5)
-        for name, (mine, its) in named.items():
-            assert its.grad.abs().max() > 1e-4, name  # or equality would say little
-            torch.testing.assert_close(
-                mine.grad, its.grad.flatten(), rtol=1e-5, atol=1e-5, msg=lambda m, k=name: f"{k}: {m}"
-            )
-        for optimizer in optimizers:
-            optimizer.step()
+    named = pairs(ours, theirs, PEFT_NAMES)
+    assert_same_training(named, lambda: (backward(ours, kind), backward(theirs, kind)))
 
 
-@torch.no_grad()
 def test_files_go_both_ways(both, kind, tmp_path):
-    ours, theirs = both
-    expected = logits_of(theirs, kind)
-    save_ia3(ours, tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
-    there = PeftModel.from_pretrained(tiny(kind), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits_of(there, kind), expected, rtol=1e-5, atol=1e-5)
-    here = tiny(kind)
-    load_ia3(here, tmp_path / "theirs")
-    torch.testing.assert_close(logits_of(here, kind), expected, rtol=1e-5, atol=1e-5)
+    logits, bases = partial(logits_of, kind=kind), (tiny(kind), tiny(kind))
+    here = assert_files_go_both_ways(*both, tmp_path, save_ia3, load_ia3, logits, bases)
     assert {n: layer.scales for n, layer in adapter_layers(here).items()} == {
-        n: layer.scales for n, layer in adapter_layers(ours).items()
+        n: layer.scales for n, layer in adapter_layers(both[0]).items()
     }
 
 
@@ -107,7 +85,7 @@ def test_a_head_that_trains_whole_goes_both_ways(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     here = tiny("llama")
     load_ia3(here, tmp_path / "theirs")
-    torch.testing.assert_close(logits_of(here, "llama"), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(here, "llama"), expected, **CLOSE)
 
     ours = tiny("llama")
     inject_ia3(ours, outputs=["k_proj"], inputs=["down_proj"])
@@ -115,7 +93,7 @@ def test_a_head_that_trains_whole_goes_both_ways(tmp_path):
     nn.init.normal_(ours.lm_head.weight, std=0.15)
     save_ia3(ours, tmp_path / "ours")
     there = PeftModel.from_pretrained(tiny("llama"), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits_of(there, "llama"), logits_of(ours, "llama"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(there, "llama"), logits_of(ours, "llama"), **CLOSE)
 
 
 @torch.no_grad()
@@ -127,4 +105,4 @@ def test_no_feed_forward_at_all_is_said_in_a_word_that_stops_pefts_defaults(tmp_
     save_ia3(ours, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["feedforward_modules"] == []
     there = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
-    torch.testing.assert_close(logits_of(there, "llama"), logits_of(ours, "llama"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(there, "llama"), logits_of(ours, "llama"), **CLOSE)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from beside_peft import QUIET
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -12,13 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from minilora.torch_lora import inject, load_adapter, lora_layer, save_adapter
 from minilora.torch_lora.inject import adapter_layers
 
-# PEFT asks for a choice about the head where an embedding is adapted, and uses a name that transformers will drop:
-# neither changes what is compared here.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
-]
-
+pytestmark = QUIET
 TOKENS = torch.arange(24).reshape(2, 12)
 
 # target modules that reach a Linear, an Embedding, GPT-2's Conv1D (c_proj among them: square, so shapes hide a

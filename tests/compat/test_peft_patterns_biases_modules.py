@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from beside_peft import QUIET
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,12 +22,7 @@ from minilora.torch_lora.import_layouts import convert
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.peft_patterns import describe, parse_pattern, resolve
 
-# PEFT's own warnings (an embedding that is tied, a name that transformers will drop) change nothing compared here
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:peft"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
-]
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore::RuntimeWarning:peft")]
 TOKENS = torch.arange(24).reshape(2, 12)
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}  # float32 after two decoder layers: a few roundings of 6e-8, in another order
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}

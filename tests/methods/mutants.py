@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """One wrong line in one file of minilora/methods."""
+    """One wrong line in one file of minilora/methods, or in what one of them calls."""
 
     says: str
     file: str
@@ -28,6 +28,7 @@ TESTS = {
     "adalora_budget.py": ["methods/test_adalora.py"],
     "peft_adalora.py": ["methods/test_adalora.py", "compat/test_adalora_against_peft.py"],
     "galore.py": ["methods/test_galore.py"],
+    "../torch_lora/wrap.py": ["methods/test_inits.py"],
     "inits.py": ["methods/test_inits.py", "compat/test_inits_against_peft.py"],
     "prompt.py": ["methods/test_prompt.py", "compat/test_prompts_against_peft.py"],
     "peft_prompt.py": ["methods/test_peft_prompt.py", "compat/test_prompts_against_peft.py"],
@@ -143,7 +144,7 @@ MUTANTS = [
     Mutant("OLoRA takes the last columns", "inits.py", "return R[:r], Q[:, :r]", "return R[-r:], Q[:, -r:]"),
     Mutant("the file's scaling is half", "inits.py", "self.alpha * (math.sqrt(2) if self.use_rslora else 2)", "self.alpha"),
     Mutant("rsLoRA's alpha is doubled too", "inits.py", "(math.sqrt(2) if self.use_rslora else 2)", "2"),
-    Mutant("saving draws random numbers", "inits.py", "generator=own", "generator=None"),
+    Mutant("saving draws random numbers", "../torch_lora/wrap.py", "generator=own", "generator=None"),
     Mutant("a merged layer's LoRA adds the update again", "inits.py", "        layer._kept = self._kept\n", ""),
     Mutant("a weight of NaN is let in", "inits.py", "if not W.isfinite().all():", "if False:"),
     Mutant("every step quantizes W itself", "inits.py", "quantize(W - update, codebook", "quantize(W, codebook"),

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from edit_config import edit_config
 from test_dora import BASES, Conv1D
 from torch import nn
 
 from minilora.methods import (
     AdaLoRAConv1D,
     AdaLoRALinear,
+    IA3Linear,
     RankAllocator,
     RankSchedule,
     adalora_layer,
@@ -422,8 +424,9 @@ def test_the_report_shows_every_layers_rank():
 
 def test_what_is_left_is_a_plain_lora_with_the_same_output(tmp_path):
     model, x = pruned(**UNEVEN).double().eval(), torch.randn(5, 12, dtype=torch.float64)
-    wanted = model(x)
+    wanted, before = model(x), torch.get_rng_state()
     report = to_lora(model)
+    assert torch.equal(torch.get_rng_state(), before)  # the next step's dropout is what it would have been
     assert report.ranks["first"] == (3, 4)
     assert {name: layer.r for name, layer in lora_layers(model).items()} == {"first": 3, "third": 1}
     assert all(type(layer) is LoRALinear for layer in lora_layers(model).values())
@@ -524,16 +527,19 @@ def test_an_adapter_that_does_not_fit_is_refused_whole(tmp_path):
     with pytest.raises(ValueError, match="does not fit") as error:
         load_adalora(small, tmp_path)
     assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        *(
+            f"base_model.model.{layer}.lora_{letter}: the model has no linear layer of that name"
+            for layer in ("second", "third")
+            for letter in "ABE"
+        ),
         "first.lora_B: shape (10, 3), (11, 3) is needed",
-        "second: the model has no linear layer of that name",
-        "third: the model has no linear layer of that name",
     ]
     other = adapted(r=5)
     with pytest.raises(ValueError, match=r"first: \(r, alpha\) is \(4, 6\) in the file, \(5, 6\) in the model"):
         load_adalora(other, tmp_path)
     merged = adapted()
     merged.first.merge()
-    with pytest.raises(ValueError, match="first: it is merged"):
+    with pytest.raises(ValueError, match="1 layers of the model are merged, the first is first"):
         load_adalora(merged, tmp_path)
     fewer = Model()
     inject(fewer, ["first"], lambda base: adalora_layer(base, r=4, alpha=6))
@@ -550,20 +556,28 @@ def test_an_adapter_that_does_not_fit_is_refused_whole(tmp_path):
         ({"init_r": 10**12}, r"first.lora_A: shape \(4, 12\), \(1000000000000, 12\) is needed"),
         ({"lora_alpha": "6"}, "lora_alpha = '6': a number is needed"),
         ({"rank_pattern": {"first.lora_E": [True]}}, "names are needed, each with init_r times true or false"),
-        ({"rank_pattern": {"nowhere.lora_E": [True] * 4}}, "the file has no such layer"),
+        (
+            {"rank_pattern": {"nowhere.lora_E": [True] * 4}},
+            "'nowhere': the config names it, the file has no such layer",
+        ),
         ({"rank_pattern": {"first.lora_E": [False] * 4}}, r"first.lora_A: shape \(4, 12\), \(0, 12\) is needed"),
         ({"lora_bias": True}, "it gives B a bias"),
         ({"something_new": 1}, "not a key this reader knows"),
     ],
 )
 def test_a_config_that_asks_for_something_else_is_refused(tmp_path, change, message):
-    import json
-
     save_adalora(noisy(adapted()), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    edit_config(tmp_path, **change)
     with pytest.raises(ValueError, match=message):
         load_adalora(Model(), tmp_path)
+
+
+def test_a_layer_of_another_method_is_not_filled(tmp_path):
+    save_adalora(adapted(), tmp_path)
+    other = Model()
+    inject(other, NAMES, lambda base: IA3Linear(base))
+    with pytest.raises(ValueError, match=r"first: \(r, alpha\) is \(4, 6\) in the file, IA3Linear in the model"):
+        load_adalora(other, tmp_path)
 
 
 def test_what_pefts_config_has_no_words_for_is_not_written(tmp_path):
@@ -582,6 +596,18 @@ def test_what_pefts_config_has_no_words_for_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="an adapter file of LoRA has no words for it"):
         save_adapter(adapted(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pattern_longer_than_any_config_that_is_read_is_not_written(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 2))
+    inject(model, ["0"], lambda base: adalora_layer(base, r=90_000, alpha=1))  # 13 bytes of JSON each
+    model[0].prune(torch.arange(90_000) < 5)
+    with pytest.raises(ValueError, match=r"would have 1,\d+,\d+ bytes, most of them in its rank_pattern; .*to_lora"):
+        save_adalora(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    to_lora(model)
+    save_adapter(model, tmp_path)
+    load_adapter(nn.Sequential(nn.Linear(3, 2)), tmp_path)
 
 
 def test_whole_modules_travel_with_the_adapter(tmp_path):

@@ -3,6 +3,7 @@
 LoRA+ and GaLore wrap nothing: they are optimizers, and their own tests hold them to their papers.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -182,6 +183,29 @@ def test_it_comes_back_from_its_file(method, model, tmp_path):
     assert not torch.allclose(logits(model), wanted, atol=1e-2)
     method.load(model, tmp_path)
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)  # PiSSA's comes back as r products more
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("LoRA", "lora_alpha", 7),
+        ("DoRA", "lora_alpha", 7),
+        ("AdaLoRA", "lora_alpha", 7),
+        ("IA³", "feedforward_modules", []),
+        ("Houlsby", "nonlinearity", "relu"),
+        ("prefix tuning", "num_virtual_tokens", 5),
+    ],
+)
+def test_the_config_of_another_saving_is_refused(name, key, value, model, tmp_path):
+    """As where the process was killed between the two files, over an adapter with another setting."""
+    METHODS[name].put(model)
+    METHODS[name].save(model, tmp_path)
+    remove(model)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=r"is not the config that adapter_model\.safetensors was written with"):
+        METHODS[name].load(model, tmp_path)
+    assert not adapter_layers(model)
 
 
 def test_it_merges_to_the_same_output_or_refuses(method, model):

@@ -9,7 +9,7 @@ from minilora.methods import DoRAConv1D, DoRALinear, dora_layer
 from minilora.qlora import NF4Linear
 from minilora.torch_lora import LoRALinear, inject, load_adapter, lora_layer, remove, save_adapter
 from minilora.torch_lora.adapter_layer import dense_weight
-from minilora.torch_lora.arithmetic import updates_of
+from minilora.torch_lora.updates import updates_of
 
 
 class Conv1D(nn.Module):

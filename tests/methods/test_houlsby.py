@@ -1,10 +1,9 @@
 """Houlsby's adapters against their equation, and in models of transformers."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
+from edit_config import edit_config
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_dora import BASES
@@ -24,8 +23,9 @@ from minilora.llm.sizes import houlsby_params
 from minilora.methods import HoulsbyLinear, IA3Linear, load_houlsby, load_ia3, save_houlsby
 from minilora.qlora import NF4Linear
 from minilora.torch_lora import LoRALinear, inject, load_adapter, merged, remove
-from minilora.torch_lora.inject import adapter_layers, train_biases, train_modules
+from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.merging import merge_model
+from minilora.torch_lora.train_whole import train_biases, train_modules
 
 NAMES = ["W_down", "b_down", "W_up", "b_up"]
 SQRT_2_OVER_PI = (2 / torch.pi) ** 0.5
@@ -316,8 +316,7 @@ def test_a_file_that_does_not_fit_changes_nothing(what, tmp_path):
 )
 def test_a_config_that_asks_for_something_else_is_refused(change, says, tmp_path):
     save_houlsby(adapted(), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    edit_config(tmp_path, **change)
     model = plain()
     with pytest.raises(ValueError, match=says):
         load_houlsby(model, tmp_path)

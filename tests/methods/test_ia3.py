@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from edit_config import edit_config
 from safetensors.torch import load_file, save_file
 from test_dora import BASES, Conv1D
 from torch import nn
@@ -18,8 +19,9 @@ from minilora.qlora import NF4Linear
 from minilora.qlora.merging import merge_into_4_bits
 from minilora.torch_lora import LoRALinear, inject, load_adapter, merged, remove, save_adapter
 from minilora.torch_lora.adapter_layer import dense_weight
-from minilora.torch_lora.inject import adapter_layers, count_parameters, train_biases, train_modules
+from minilora.torch_lora.inject import adapter_layers, count_parameters
 from minilora.torch_lora.merging import MergeReport, merge_model, merged_state
+from minilora.torch_lora.train_whole import train_biases, train_modules
 
 
 @pytest.fixture(params=BASES)
@@ -433,8 +435,7 @@ def test_a_file_that_does_not_fit_changes_nothing(what, tmp_path):
 )
 def test_a_config_that_asks_for_something_else_is_refused(change, says, tmp_path):
     save_ia3(adapted(), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    edit_config(tmp_path, **change)
     model = Block()
     with pytest.raises(ValueError, match=says):
         load_ia3(model, tmp_path)
@@ -445,8 +446,7 @@ def test_a_config_that_asks_for_something_else_is_refused(change, says, tmp_path
 def test_without_a_list_of_words_the_shapes_say_what_is_scaled(words, tmp_path):
     model, x = adapted(), torch.randn(5, 12)
     save_ia3(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"feedforward_modules": words}))
+    edit_config(tmp_path, feedforward_modules=words)
     if words == []:
         with pytest.raises(ValueError, match=r"down_proj: l has the shape \(1, 8\); \(12, 1\) scales .* output"):
             load_ia3(twin(model), tmp_path)

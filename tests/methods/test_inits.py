@@ -19,7 +19,7 @@ from minilora.qlora import NF4Linear, QLoRALinear, quantize
 from minilora.qlora.linear import kept_as
 from minilora.torch_lora import LoRALinear, count_parameters, inject, load_adapter, lora_layer, remove, save_adapter
 from minilora.torch_lora.adapter_layer import dense_weight
-from minilora.torch_lora.arithmetic import set_updates, updates_of
+from minilora.torch_lora.updates import set_updates, updates_of
 
 WRAPS = {"PiSSA": pissa_layer, "OLoRA": olora_layer}
 

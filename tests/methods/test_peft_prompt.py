@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from edit_config import edit_config
 from safetensors.torch import load_file, save_file
 
 from minilora.llm import Decoder, ModelConfig
@@ -37,11 +38,6 @@ def folder(kind, tmp_path):
     inject(model, ["model"], WRAPS[kind])
     save_prompt(model, tmp_path, base_name="tiny", base_sha256="ab" * 32)
     return tmp_path
-
-
-def change(folder, **changes):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | changes))
 
 
 def refused(folder, message, model=None):
@@ -92,12 +88,12 @@ def test_saving_an_mlp_leaves_the_model_as_it_was(tmp_path):
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(folder, changes, message):
-    change(folder, **changes)
+    edit_config(folder, **changes)
     refused(folder, message)
 
 
 def test_keys_that_peft_leaves_open_are_read(folder):
-    change(folder, num_layers=None, modules_to_save=None, peft_version="1", tokenizer_kwargs=None, brand_new=False)
+    edit_config(folder, num_layers=None, modules_to_save=None, peft_version="1", tokenizer_kwargs=None, brand_new=False)
     load_prompt(tiny(), folder)
 
 
@@ -148,12 +144,21 @@ def test_another_base_is_warned_of(folder):
     load_prompt(tiny(), folder, base_sha256="ab" * 32)
 
 
+def test_what_a_file_says_of_its_base_reaches_no_terminal_raw(folder):
+    tensors = load_file(folder / TENSORS)
+    save_file(tensors, folder / TENSORS, {"base_sha256": "\x1b[2J" + "ab" * 32, "base_stored_as": "nf4\x1b]0;owned\a"})
+    with pytest.warns(UserWarning) as warned:
+        load_prompt(tiny(), folder, base_sha256="cd" * 32)
+    assert len(warned) == 2
+    assert all(str(one.message).isprintable() for one in warned)
+
+
 def test_a_base_stored_in_another_form_is_warned_of(tmp_path, kind):
     model = tiny()
     model.model.layers[0].mlp.up_proj = NF4Linear(model.model.layers[0].mlp.up_proj)
     inject(model, ["model"], WRAPS[kind])
     save_prompt(model, tmp_path)
-    with pytest.warns(UserWarning, match="stored as nf4.*here it is floats"):
+    with pytest.warns(UserWarning, match="stored as nf4.*here over floats"):
         load_prompt(tiny(), tmp_path)
     remove(model)
     load_prompt(model, tmp_path)

@@ -13,9 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from minilora.qlora import NF4Linear, QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, load_adapter, lora_layer, merged, remove, save_adapter, train_biases
-from minilora.torch_lora.arithmetic import Distance, Update, cat, check_rank, linear, set_updates, svd, updates_of
+from minilora.torch_lora.arithmetic import Distance, cat, check_rank, linear, svd
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.ties_dare import ties
+from minilora.torch_lora.updates import Update, set_updates, updates_of
 
 WEIGHTS = [0.7, -1.3, 2.0]
 FLOAT32 = 2**-24  # half a step of a number near 1

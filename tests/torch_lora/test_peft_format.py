@@ -4,7 +4,9 @@ import json
 import os
 import re
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minilora.qlora import QLoRALinear
-from minilora.torch_lora import LoRALinear, inject, load_adapter, remove, save_adapter
+from minilora.torch_lora import LoRALinear, inject, load_adapter, peft_files, remove, save_adapter
 from minilora.torch_lora.peft_config import config_sha256
-from minilora.torch_lora.peft_format import write_adapter
-from minilora.torch_lora.peft_tensors import read_tensors
+from minilora.torch_lora.peft_files import base_form, read_tensors, write_adapter
 
 
 class Model(nn.Module):
@@ -180,6 +181,26 @@ def test_another_base_is_warned_of(tmp_path):
         warnings.simplefilter("error")
         load_adapter(Model(), tmp_path, base_sha256="a" * 64)
         load_adapter(Model(), tmp_path)
+
+
+def test_how_the_base_was_stored_is_read_of_the_header_alone(tmp_path, monkeypatch):
+    model = Model()
+    inject(model, ["q_proj"], lambda base: QLoRALinear(base, r=2, alpha=4))
+    save_adapter(model, tmp_path)
+
+    @contextmanager
+    def header_alone(path, framework):
+        with safe_open(path, framework=framework) as file:
+            yield SimpleNamespace(metadata=file.metadata)
+
+    monkeypatch.setattr(peft_files, "safe_open", header_alone)
+    assert base_form(tmp_path) == model.q_proj.base.stored_as
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        base_form(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        base_form(tmp_path)
 
 
 # --- what does not fit: one error, all mismatches, and the model is as before

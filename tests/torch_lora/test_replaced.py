@@ -22,7 +22,7 @@ from minilora.torch_lora import (
     train_modules,
 )
 from minilora.torch_lora.inject import freeze_all_but_adapters
-from minilora.torch_lora.peft_format import write_adapter
+from minilora.torch_lora.peft_files import write_adapter
 from minilora.torch_lora.replaced import replaced_tensors
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))

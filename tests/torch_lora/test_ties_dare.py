@@ -6,8 +6,9 @@ from test_arithmetic import Largest, adapters_of, dense, dense_sum, random_updat
 from torch import Tensor
 
 from minilora.torch_lora import ties_dare
-from minilora.torch_lora.arithmetic import Update, svd
+from minilora.torch_lora.arithmetic import svd
 from minilora.torch_lora.ties_dare import dare, kth_largest_magnitude, low_rank, ties
+from minilora.torch_lora.updates import Update
 
 FULL = 99  # a rank above the layer's: nothing is cut
 FLOAT32_SVD = 1e-5  # a product of factors in float32, of a matrix of rank 20, against the matrix itself

@@ -14,7 +14,7 @@ from minilora.qlora import NF4Linear, QLoRALinear
 from minilora.qlora.linear import DEFAULT_FORM
 from minilora.torch_lora import inject, lora_layer, save_adapter
 from minilora.torch_lora.inject import adapter_layers
-from minilora.torch_lora.peft_format import base_form
+from minilora.torch_lora.peft_files import base_form
 from minilora.train.adapted import load_adapted, load_base
 from minilora.train.bnb_folder import save_4_bit
 

@@ -14,7 +14,7 @@ from minilora.llm.write_gguf import write_model
 from minilora.qlora import QLoRALinear
 from minilora.torch_lora import LoRALinear, inject, save_adapter, train_modules
 from minilora.torch_lora.inject import ALL_LINEAR, adapter_layers
-from minilora.torch_lora.peft_format import lora_layer
+from minilora.torch_lora.wrap import lora_layer
 from minilora.train.export import adapter_pairs, export, merged_weight
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
