@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -91,8 +92,8 @@ def missing(cells: dict[Cell, dict[str, Any]], only: list[str]) -> Iterator[Cell
     """The cells to run next, the most urgent first: every method's rate, then the seeds, then the ranks."""
     methods = [case for case in CASES if case in only and not case.startswith("lora r=")]
     found = {case: next_rates(cells, case) for case in methods}
-    for rates in zip(*(pad(rates, 3) for rates in found.values()), strict=True):
-        yield from ((case, lr, 0) for case, lr in zip(found, rates, strict=True) if lr is not None)
+    tried = Counter(case for case, _, seed in cells if seed == 0)
+    yield from ((case, lr, 0) for case in sorted(methods, key=lambda case: tried[case]) for lr in found[case][:1])
     for seed in SEEDS[1:]:
         for case in methods:
             if not found[case] and (case, best_rate(cells, case), seed) not in cells:
@@ -100,10 +101,6 @@ def missing(cells: dict[Cell, dict[str, Any]], only: list[str]) -> Iterator[Cell
     if "lora" in only and not found["lora"]:
         lr = best_rate(cells, "lora")
         yield from ((f"lora r={r}", lr, s) for s in SEEDS for r in RANKS if (f"lora r={r}", lr, s) not in cells)
-
-
-def pad(rates: list[float], n: int) -> list[float | None]:
-    return [*rates, *[None] * (n - len(rates))]
 
 
 def next_rates(cells: dict[Cell, dict[str, Any]], case: str) -> list[float]:

@@ -17,7 +17,6 @@ from minilora.methods.inits import (
     olora_layer,
     pissa_layer,
 )
-from minilora.methods.layer_for import layer_for
 from minilora.methods.loraplus import loraplus_groups
 from minilora.methods.peft_ia3 import load_ia3, save_ia3
 from minilora.methods.prompt import PrefixTuning, PromptTuning
@@ -43,7 +42,6 @@ __all__ = [
     "adalora_layer",
     "dora_layer",
     "inject_ia3",
-    "layer_for",
     "load_houlsby",
     "load_ia3",
     "loraplus_groups",

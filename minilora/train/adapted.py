@@ -1,7 +1,8 @@
 """A base with its adapter, as it was when the adapter was trained: in 4 bits where it was, with the same template.
 
     load_base(name)                  a model of floats, or a folder of bitsandbytes' 4 bits
-    load_adapted(name, adapter)      the same with an adapter on it, and the tokenizer that goes with it
+    load_adapted(name, adapter)      the same with an adapter on it, of any method, and the tokenizer that goes with it
+    load_mergeable(name, adapter)    the same, where it is to become one with its base
 
 An adapter is the difference to what lay under it. That of QLoRA has learnt to make up for the rounding to 4 bits as
 well; over the weights as they were before it, it answers worse, and says nothing of it. So what was under an adapter
@@ -13,6 +14,7 @@ Read before: torch_lora/peft_format, qlora/linear, train/templates.
 import contextlib
 import functools
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,12 +25,25 @@ from minilora.llm.config import ModelConfig
 from minilora.llm.load import FLOATS, load_model, model_folder
 from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer, read_json
-from minilora.methods import layer_for
+from minilora.methods import dora_layer, load_houlsby, load_ia3
+from minilora.methods.peft_adalora import load_adalora
+from minilora.methods.peft_prompt import load_prompt
 from minilora.qlora.linear import DEFAULT_FORM, kept_as
-from minilora.torch_lora import load_adapter
+from minilora.torch_lora import load_adapter, lora_layer
+from minilora.torch_lora.inject import adapter_layers
+from minilora.torch_lora.peft_config import CONFIG_FILE, read_config, read_json_object
 from minilora.torch_lora.peft_files import base_form
 from minilora.train.bnb_folder import load_4_bit
 from minilora.train.templates import MODEL, with_template, with_trained_template
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LOADERS: Mapping[str, Callable[..., object]] = {
+    "ADALORA": load_adalora,
+    "HOULSBY": load_houlsby,
+    "IA3": load_ia3,
+    "PREFIX_TUNING": load_prompt,
+    "PROMPT_TUNING": load_prompt,
+}  # by PEFT's name of the method; LORA is DoRA's too, and knows what its base was stored as
 
 
 def load_base(name_or_path: str | Path, dtype: torch.dtype) -> tuple[Decoder, Tokenizer]:
@@ -71,6 +86,23 @@ def load_adapted(
     return model.eval(), template_of(tokenizer, adapter, template)
 
 
+def load_mergeable(
+    base: str | Path, adapter: str | Path | None, dtype: torch.dtype, method: str | None = None, template: str = MODEL
+) -> tuple[Decoder, Tokenizer]:
+    """As load_adapted, for an adapter whose effect a weight can have.
+
+    Raises:
+        ValueError: also if it is of a method that no weight can stand for; it says so, and what to do.
+    """
+    model, tokenizer = load_adapted(base, adapter, dtype, method, template)
+    for layer in list(adapter_layers(model).values())[:1]:  # of one method are all
+        try:
+            layer.delta_weight()
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+    return model, tokenizer
+
+
 def stored_dtype(name_or_path: str | Path) -> torch.dtype:
     """The narrowest dtype that holds all floats of a model as they are stored; float32 for a GGUF file.
 
@@ -87,15 +119,27 @@ def stored_dtype(name_or_path: str | Path) -> torch.dtype:
 
 
 def put_adapter(model: Decoder, adapter: str | Path, method: str | None = None) -> None:
-    """Put an adapter on a base, over what it was trained over.
+    """Put an adapter on a base, over what it was trained over, as layers of the method that its config names.
 
     With the method "lora" that is the base as it is, with "qlora" its linear layers in 4 bits; None: as the file says.
 
     Raises:
-        ValueError: as load_adapter; or if the file names a form of the base that is not known here.
+        ValueError: as load_adapter; or if the file names a form of the base that is not known here, or a method.
     """
-    form = form_under(adapter, method)
-    keep, layer = kept_as(form) if form else _as_it_is, layer_for(adapter)
+    kind = str(read_json_object(Path(adapter) / CONFIG_FILE).get("peft_type", "LORA"))
+    if kind in LOADERS:
+        LOADERS[kind](model, adapter, base_sha256=model.origin.sha256)
+    elif kind == "LORA":
+        _put_lora(model, adapter, method)
+    else:
+        raise ValueError(
+            f"{Path(adapter) / CONFIG_FILE} has the peft_type {kind[:60]!r}: there are LORA, {', '.join(LOADERS)} here"
+        )
+
+
+def _put_lora(model: Decoder, adapter: str | Path, method: str | None) -> None:
+    form, layer = form_under(adapter, method), dora_layer if use_dora(adapter) else lora_layer
+    keep = kept_as(form) if form else _as_it_is
 
     def wrap(base: nn.Module, *, r: int, alpha: float, dropout: float, use_rslora: bool) -> nn.Module:
         return layer(keep(base), r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
@@ -103,6 +147,11 @@ def put_adapter(model: Decoder, adapter: str | Path, method: str | None = None) 
     load_adapter(model, adapter, wrap, base_sha256=model.origin.sha256)
     if form and method is None:
         print(f"{adapter} was trained over {form}: so it stands here (--method lora: over floats)", file=sys.stderr)
+
+
+def use_dora(adapter: str | Path) -> bool:
+    """Whether an adapter's layers are DoRA's, as its config says."""
+    return read_config(Path(adapter) / CONFIG_FILE).use_dora
 
 
 def form_under(adapter: str | Path, method: str | None) -> str | None:

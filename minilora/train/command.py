@@ -4,6 +4,7 @@
     out/checkpoint.safetensors      where it stands: train/checkpoint
     out/metrics.jsonl, loss.png     every step, and a picture of them
     out/adapter_…                   the adapter, in PEFT's layout, and out/best: where it measured best
+    out/model                       the whole model instead, of the methods that train all weights
 
 Read before: train/plan, which checks it all; train/finetune, which does it.
 """
@@ -16,38 +17,33 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from minilora.files import is_unfinished, remove_unfinished_in, write_whole
+from minilora.llm.load import model_folder
 from minilora.llm.model import Decoder
+from minilora.llm.save import save_model
 from minilora.llm.tokenizer import Tokenizer, read_json
-from minilora.methods import dora_layer
-from minilora.qlora.linear import DEFAULT_FORM, kept_as
-from minilora.torch_lora import inject, lora_layer, save_adapter
-from minilora.torch_lora.config import LoRAConfig
-from minilora.train.adapted import load_base
+from minilora.torch_lora.inject import count_parameters
+from minilora.train.adapted import DTYPES, load_base
 from minilora.train.checkpoint import Saving
 from minilora.train.data import make_batches
 from minilora.train.evaluate import GENERAL_TOKENS, english_tokens
 from minilora.train.finetune import Together, fine_tune
 from minilora.train.judging import Judges
-from minilora.train.plan import Plan, planned, targets_of
+from minilora.train.methods import METHODS, Settings, put_new
+from minilora.train.plan import Plan, dtype_of, planned
 from minilora.train.templates import MODEL, TEMPLATE_FILE, with_template
 from minilora.train.trainer import CTRL_C, Training
 
-METHODS: Mapping[str, tuple[Callable[[nn.Module], nn.Module], Callable[..., nn.Module]]] = {
-    "lora": (lambda base: base, lora_layer),
-    "dora": (lambda base: base, dora_layer),
-    "qlora": (kept_as(DEFAULT_FORM), lora_layer),
-}  # what becomes of the base, and the layer over it
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-RUN, CHECKPOINT, BEST = "run.json", "checkpoint.safetensors", "best"
+RUN, CHECKPOINT, BEST, MODEL_FOLDER = "run.json", "checkpoint.safetensors", "best", "model"
 INTERRUPTED = 130  # exit code
 
 
@@ -91,27 +87,28 @@ def train_here(
     plan = planned(args, free_bytes, world)
     if rank == 0:
         make_ready(out, args, resume=resume)
-    model, tokenizer = load_base(args.base, DTYPES[args.dtype])
+    model, tokenizer = load_base(args.base, DTYPES[dtype_of(args)])
     torch.manual_seed(args.seed + rank)  # of dropout
-    put_new_adapter(model, args, plan.lora)
-    template = template_of(args, tokenizer)
+    put_method(model, args, plan.settings)
     try:
         training = fine_tune(
             model,
             plan.samples,
             plan.recipe,
             pad=plan.pad,
+            learning=METHODS[args.method].learning(plan.settings),
             saving=Saving(out / CHECKPOINT, facts(args, model.origin.sha256) | {"processes": world}, args.save_every),
-            judged_by=judges(args, plan, tokenizer, lambda step: save(model, out / BEST, template)),
+            judged_by=judges(args, plan, tokenizer, lambda step: save(model, out / BEST, args, tokenizer)),
             together=in_processes(model, args, rank),
         )
     except FloatingPointError:  # what was learnt before is whole
         if rank == 0:
-            save(model, out, template)
-            print(f"adapter  {out}   (PEFT's layout)")
+            save(model, out, args, tokenizer)
+            print(where(args))
         raise
     if rank == 0:
-        save(model, out, template)
+        save(model, out, args, tokenizer)
+        print(METHODS[args.method].report(model), end="")
     return told(training, args, world)
 
 
@@ -134,29 +131,24 @@ def make_ready(out: Path, args: argparse.Namespace, *, resume: bool) -> None:
     for folder in (out, out / BEST):
         remove_unfinished_in(folder)
     if not resume:
-        shutil.rmtree(out / BEST, ignore_errors=True)
+        for left in (out / BEST, out / MODEL_FOLDER):
+            shutil.rmtree(left, ignore_errors=True)
     write_whole({out / RUN: json.dumps(findable(args), indent=2).encode()})  # if this cannot be, better now
 
 
-def put_new_adapter(model: Decoder, args: argparse.Namespace, lora: LoRAConfig) -> None:
-    """Wrap the targets of a model, in place, and say how many numbers train."""
-    (keep, wrap), start = METHODS[args.method], torch.Generator().manual_seed(args.seed)
-    report = inject(
-        model,
-        targets_of(args),
-        lambda base: wrap(
-            keep(base), r=lora.r, alpha=lora.alpha, dropout=lora.dropout, use_rslora=lora.use_rslora, generator=start
-        ),
-    )
+def put_method(model: Decoder, args: argparse.Namespace, settings: Settings) -> None:
+    """Put the method on the model, in place, and say how many numbers train."""
+    put_new(model, args.method, settings)
     model.model.gradient_checkpointing = args.checkpointing
-    print(f"{args.method}, r={args.r}: {report.count}")
+    rank = f", r={settings.r}" if "r" in METHODS[args.method].uses else ""
+    print(f"{args.method}{rank}: {count_parameters(model)}")
 
 
 def told(training: Training, args: argparse.Namespace, world: int) -> int:
     """Say how it ended, what it left and how to go on; give the exit code."""
     out = Path(args.out)
     print(training)
-    print(f"adapter  {out}   (PEFT's layout)")
+    print(where(args))
     if (out / BEST).exists():
         print(f"best     {out / BEST}   (where the loss on --eval-data was lowest)")
     if training.stopped_by != CTRL_C:
@@ -169,6 +161,13 @@ def told(training: Training, args: argparse.Namespace, world: int) -> int:
     else:
         print(f"go on    torchrun --nproc-per-node {world} -m minilora.cli resume {shlex.quote(str(out))}")
     return 0  # else torchrun would call it a failure
+
+
+def where(args: argparse.Namespace) -> str:
+    """A line that says what was left where."""
+    if METHODS[args.method].save is None:
+        return f"model    {Path(args.out) / MODEL_FOLDER}   (Hugging Face's layout: --base opens it)"
+    return f"adapter  {args.out}   (PEFT's layout)"
 
 
 def in_processes(model: nn.Module, args: argparse.Namespace, rank: int) -> Together | None:
@@ -207,13 +206,44 @@ def words_of(folder: Path) -> list[str]:
     return [flag if value is True else f"{flag}={value}" for flag, value in flags.items()]
 
 
-def save(model: Decoder, out: Path, template: str | None) -> None:
-    """Write a model's adapter, with the chat template that it was trained with if that is another than the base's."""
+def save(model: Decoder, out: Path, args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Write an adapter, with the chat template that it was trained with if that is another than the base's; or all."""
+    write = METHODS[args.method].save
+    if write is None:
+        save_whole(model, out / MODEL_FOLDER, args, tokenizer)
+        return
+    template = template_of(args, tokenizer)
     if template is None:  # not the one of a training that was here before
         (out / TEMPLATE_FILE).unlink(missing_ok=True)
     else:
         write_whole({out / TEMPLATE_FILE: template.encode()})
-    save_adapter(model, out, base_name=model.origin.name, base_sha256=model.origin.sha256)
+    write(model, out, base_name=model.origin.name, base_sha256=model.origin.sha256)
+
+
+def save_whole(model: Decoder, folder: Path, args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Write all weights as a model's folder, in the place of one that is there; it ends answers as it has learnt."""
+    said = with_template(tokenizer, args.template)
+    learnt = said.with_learnt_end()
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    save_model(
+        new,
+        model_folder(args.base),
+        ((name, parameter.detach()) for name, parameter in model.named_parameters()),
+        lambda: card(model),
+        template_of(args, tokenizer),
+        None if learnt is said else (learnt.settings["eos_token"], cast(int, learnt.eos)),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+
+
+def card(model: Decoder) -> str:
+    """The text of README.md: what was trained, and under which licence."""
+    origin = model.origin
+    licence = f"license: {json.dumps(origin.license.lower())}\n" if origin.license else ""
+    said = f"{origin.name}, all of whose weights were trained on, by minilora. {origin.attribution or ''}".strip()
+    return f"---\nbase_model: {json.dumps(origin.name)}\n{licence}---\n{said}\n"
 
 
 def facts(args: argparse.Namespace, base_sha256: str) -> dict[str, object]:

@@ -21,12 +21,13 @@ from minilora.llm.model import Decoder
 from minilora.llm.read_gguf import GGUFModel
 from minilora.llm.save import refuse_taken
 from minilora.llm.write_gguf import KINDS, Pair, Written, write_adapter, write_model
+from minilora.methods import AdaLoRALinear, to_lora
 from minilora.torch_lora.adapter_layer import AdapterLayer, dense_weight
 from minilora.torch_lora.arithmetic import Distance, overall
 from minilora.torch_lora.inject import adapter_layers, lora_layers
 from minilora.torch_lora.merging import ERASED, measure, own_weight
 from minilora.torch_lora.replaced import replaced_tensors
-from minilora.train.adapted import load_adapted, stored_dtype
+from minilora.train.adapted import load_mergeable, stored_dtype
 from minilora.train.templates import MODEL
 
 ADAPTER = "adapter"  # the kind that is no model
@@ -59,7 +60,7 @@ def export(
 
     Each weight is summed with its update in float32 and rounded once, to `kind`; what that took of the adapter is in
     the report's notes. The model ends its answers as the adapter has learnt to. `method` and `template` are those of
-    load_adapted.
+    load_mergeable.
 
     Raises:
         ValueError: if the kind does not exist or cannot be had, the base or the adapter cannot be loaded, or one of
@@ -72,7 +73,7 @@ def export(
         raise ValueError("no adapter was given, and an adapter alone was asked for: name its folder")
     if out.suffix != ".gguf":
         raise ValueError(f"{out} does not end in .gguf, by which llama.cpp and load_model know the format")
-    model, tokenizer = load_adapted(base, adapter, stored_dtype(base), method, template)
+    model, tokenizer = load_mergeable(base, adapter, stored_dtype(base), method, template)
     tokenizer = tokenizer if adapter is None else tokenizer.with_learnt_end()
     if kind == ADAPTER:
         if replaced := replaced_tensors(model):
@@ -89,7 +90,9 @@ def export(
 
 
 def adapter_pairs(model: Decoder) -> dict[str, Pair]:
-    """A, B and the scaling of every adapter layer, by name, as plain arrays."""
+    """A, B and the scaling of every adapter layer, by name, as plain arrays; AdaLoRA's become plain ones first."""
+    if any(isinstance(layer, AdaLoRALinear) for layer in adapter_layers(model).values()):
+        to_lora(model)
     return {
         name: (layer.A.detach().float().cpu().numpy(), layer.B.detach().float().cpu().numpy(), float(layer.scaling))
         for name, layer in lora_layers(model).items()

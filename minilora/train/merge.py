@@ -17,10 +17,8 @@ from minilora.llm.load import model_folder
 from minilora.llm.model import Origin
 from minilora.llm.save import refuse_taken, save_model
 from minilora.torch_lora.merging import MergeReport, merged_state, warn_if_erased
-from minilora.train.adapted import load_adapted, stored_dtype
+from minilora.train.adapted import DTYPES, load_mergeable, stored_dtype
 from minilora.train.templates import MODEL, trained_template
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +42,7 @@ def merge_to_folder(
 ) -> MergeReport:
     """Write the folder, and report; as merge_model and save_model, whose errors and warning these are.
 
-    `method` and `template` are load_adapted's. The model ends its answers as the adapter has learnt to.
+    `method` and `template` are load_mergeable's. The model ends its answers as the adapter has learnt to.
 
     Raises:
         ValueError: if the base is a GGUF file, which has no tokenizer files to copy.
@@ -53,7 +51,7 @@ def merge_to_folder(
         raise ValueError(f"{base} is a GGUF file, already rounded for answering: merge into the model it was made from")
     refuse_taken(out)  # if this cannot be, better now than after loading
     folder = model_folder(base)
-    model, tokenizer = load_adapted(base, adapter, stored_dtype(base), method, template)
+    model, tokenizer = load_mergeable(base, adapter, stored_dtype(base), method, template)
     report = MergeReport(str(dtype).removeprefix("torch."), {})
     its_own = template == MODEL and trained_template(adapter) is None
     learnt = tokenizer.with_learnt_end()

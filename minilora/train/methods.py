@@ -9,8 +9,8 @@ A method looks at some of the settings; `refuse_unused` names those that were gi
 Read before: methods, train/finetune.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
@@ -34,6 +34,7 @@ from minilora.methods import (
     olora_layer,
     orthogonality,
     pissa_layer,
+    rank_report,
     save_houlsby,
     save_ia3,
 )
@@ -99,6 +100,11 @@ class Method:
     put: Callable[[Decoder, Settings], None]
     learning: Callable[[Settings], Callable[[nn.Module, Recipe, int], Learning]] = lambda settings: by_adamw
     save: Callable[..., None] | None = save_adapter
+    report: Callable[[nn.Module], str] = lambda model: ""  # of what it found, in lines
+    lr: float = 2e-4  # where none is given
+    r: int = 16
+    in_processes: bool = False  # torchrun's; tested with these
+    optimizes_itself: bool = False
 
 
 def put_new(model: Decoder, name: str, settings: Settings) -> None:
@@ -112,16 +118,14 @@ def put_new(model: Decoder, name: str, settings: Settings) -> None:
         METHODS[name].put(model, settings)
 
 
-def refuse_unused(name: str, settings: Settings) -> None:
+def refuse_unused(name: str, given: Collection[str]) -> None:
     """
     Raises:
         ValueError: if a setting was given that does nothing for this method.
     """
-    usual, uses = Settings(), METHODS[name].uses | {"seed"}
-    given = [f.name for f in fields(Settings) if getattr(settings, f.name) != getattr(usual, f.name)]
-    if unused := [setting for setting in given if setting not in uses]:
-        others = {setting: [n for n, method in METHODS.items() if setting in method.uses] for setting in unused}
-        told = "; ".join(f"{setting} is for {', '.join(names)}" for setting, names in others.items())
+    if unused := [setting for setting in given if setting not in METHODS[name].uses]:
+        users = {setting: [other for other, method in METHODS.items() if setting in method.uses] for setting in unused}
+        told = "; ".join(f"{setting} is for {', '.join(names)}" for setting, names in users.items())
         raise ValueError(f"{name} does nothing with {', '.join(unused)}: {told}")
 
 
@@ -246,24 +250,29 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             uses=LORA,
             put=partial(_lora, wrap=lora_layer),
             learning=_with_loraplus,
+            in_processes=True,
         ),
         "dora": Method(
-            does="LoRA for the direction of each row, and its length apart",
+            does="LoRA for the direction of each row, its length apart",
             uses=LORA,
             put=partial(_lora, wrap=dora_layer),
             learning=_with_loraplus,
+            in_processes=True,
         ),
         "qlora": Method(
             does="LoRA over weights in 4 bits",
             uses=LORA,
             put=partial(_lora, wrap=lora_layer, form=DEFAULT_FORM),
             learning=_with_loraplus,
+            in_processes=True,
         ),
         "adalora": Method(
+            lr=1e-3,
             does="LoRA whose layers compete for rank",
             uses=LORA - {"use_rslora", "loraplus_ratio"} | {"start_r"},
             put=_adalora,
             learning=_with_budget,
+            report=lambda model: f"{rank_report(model)}\n",
             save=save_adalora,
         ),
         "pissa": Method(
@@ -282,36 +291,43 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             put=partial(_begun_by_weights, wrap=LoftQLinear),
         ),
         "ia3": Method(
-            does="a factor for each key, value, and input of the MLP's last layer",
+            lr=1e-2,
+            does="a factor for each key, value and input of down_proj",
             uses=frozenset(),
             put=_ia3,
             save=save_ia3,
         ),
         "houlsby": Method(
+            lr=1e-3,
             does="two small layers after attention and after the MLP",
             uses=frozenset({"bottleneck"}),
             put=_houlsby,
             save=save_houlsby,
         ),
         "prefix": Method(
+            lr=1e-2,
             does="learned keys and values before every text",
             uses=frozenset({"n_virtual", "words", "mlp_features"}),
             put=_prefix,
             save=save_prompt,
         ),
         "prompt": Method(
+            lr=3e-2,
             does="learned embeddings before every text",
             uses=frozenset({"n_virtual", "words"}),
             put=_prompt,
             save=save_prompt,
         ),
         "galore": Method(
+            lr=1e-3,
+            r=128,
+            optimizes_itself=True,
             does="all weights, with moments of projected gradients",
             uses=frozenset({"r", "refresh", "galore_scale"}),
             put=_all_weights,
             learning=_projected,
             save=None,
         ),
-        "full": Method(does="all weights", uses=frozenset(), put=_all_weights, save=None),
+        "full": Method(lr=2e-5, does="all weights", uses=frozenset(), put=_all_weights, save=None),
     }
 )

@@ -12,15 +12,26 @@ from minilora.llm.architectures import ALL_LINEAR, read_config
 from minilora.llm.load import model_folder
 from minilora.llm.sizes import Setup
 from minilora.llm.tokenizer import Tokenizer, load_tokenizer
-from minilora.torch_lora.config import LoRAConfig
 from minilora.train.adapted import is_in_4_bits, longest_text
 from minilora.train.data import Sample
 from minilora.train.finetune import Recipe
 from minilora.train.fits import GIB, bytes_needed, check_fits
 from minilora.train.jsonl import read_samples, refuse_longer
 from minilora.train.judging import Rules
+from minilora.train.methods import METHODS, Settings, refuse_unused
 
 STATE_BITS = {"adamw": 32, "adamw-8bit": 8}
+NEAREST = dict(
+    adalora="lora",
+    pissa="lora",
+    olora="lora",
+    loftq="qlora",
+    ia3="dora",
+    houlsby="dora",
+    prefix="lora",
+    prompt="lora",
+    galore="full",
+)
 EVAL_EVERY = 50  # steps, where --eval-every does not say
 MOST_DROPPED_TOLD = 20
 
@@ -32,7 +43,7 @@ class Plan:
     samples: Sequence[Sample]
     held_out: Sequence[Sample]  # that it is measured on
     recipe: Recipe
-    lora: LoRAConfig
+    settings: Settings  # of the method
     rules: Rules
     pad: int  # a token
 
@@ -44,19 +55,21 @@ def planned(args: argparse.Namespace, free_bytes: int, world: int = 1) -> Plan:
         ValueError: if an option or the data is impossible.
         MemoryError: if it would not fit.
     """
-    recipe, lora, rules = recipe_of(args), lora_of(args), rules_of(args)
+    recipe, rules = recipe_of(args), rules_of(args)
     folder = base_folder(args)
     tokenizer, most = load_tokenizer(folder), longest_text(folder)
+    settings = settings_of(args, tokenizer)
+    refuse_together(args, world)
     samples, held_out = samples_of(args, tokenizer, most)
-    check_memory(args, folder, samples, free_bytes, world)
+    check_memory(args, settings, folder, samples, free_bytes, world)
     assert tokenizer.pad is not None  # read_samples asks for an eos, which stands in
-    return Plan(samples, held_out, recipe, lora, rules, tokenizer.pad)
+    return Plan(samples, held_out, recipe, settings, rules, tokenizer.pad)
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The options that say how it is trained."""
     return Recipe(
-        lr=args.lr,
+        lr=METHODS[args.method].lr if args.lr is None else args.lr,
         batch_size=args.batch,
         seed=args.seed,
         epochs=args.epochs,
@@ -70,10 +83,49 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     )
 
 
-def lora_of(args: argparse.Namespace) -> LoRAConfig:
-    """The options that say what each layer is given; without an alpha, the update is B A times 2."""
-    alpha = 2.0 * args.r if args.alpha is None else args.alpha
-    return LoRAConfig(r=args.r, alpha=alpha, dropout=args.dropout, use_rslora=args.rslora)
+def settings_of(args: argparse.Namespace, tokenizer: Tokenizer) -> Settings:
+    """The options that say what the method puts on the model; words become tokens, each a virtual one.
+
+    Raises:
+        ValueError: if one is impossible, or would do nothing for this method.
+    """
+    method, words = METHODS[args.method], tokenizer.encode(args.words) if args.words else ()
+    if words and args.virtual_tokens is not None and args.virtual_tokens != len(words):
+        raise ValueError(
+            f"--words are {len(words)} tokens, and --virtual-tokens says {args.virtual_tokens}: leave the number out"
+        )
+    given = {
+        "r": args.r,
+        "alpha": args.alpha,
+        "dropout": args.dropout or None,
+        "use_rslora": args.rslora or None,
+        "targets": None if args.targets is None else targets_of(args),
+        "loraplus_ratio": args.loraplus_ratio,
+        "start_r": args.start_r,
+        "bottleneck": args.bottleneck,
+        "n_virtual": len(words) or args.virtual_tokens,
+        "words": words or None,
+        "mlp_features": args.prefix_mlp,
+        "refresh": args.refresh,
+        "galore_scale": args.galore_scale,
+    }
+    asked = {name: value for name, value in given.items() if value is not None}
+    refuse_unused(args.method, asked)
+    if args.method == "prefix" and args.checkpointing:
+        raise ValueError("prefix tuning has no gradients through a layer that is computed again: no --checkpointing")
+    if method.optimizes_itself and args.optimizer != "adamw":
+        raise ValueError(f"{args.method} is an optimizer of its own: leave --optimizer out")
+    return Settings(**{"r": method.r} | asked, seed=args.seed)
+
+
+def refuse_together(args: argparse.Namespace, world: int) -> None:
+    """
+    Raises:
+        ValueError: if several processes were asked for what only one can do.
+    """
+    if args.parallel is not None and not METHODS[args.method].in_processes:
+        names = ", ".join(name for name, method in METHODS.items() if method.in_processes)
+        raise ValueError(f"--method {args.method} trains in one process; {names} train in several too")
 
 
 def rules_of(args: argparse.Namespace) -> Rules:
@@ -99,9 +151,15 @@ def base_folder(args: argparse.Namespace) -> Path:
     return model_folder(args.base, weights=False)
 
 
+def dtype_of(args: argparse.Namespace) -> str:
+    """The dtype of the weights: bf16 under an adapter, fp32 where they train themselves."""
+    return args.dtype or ("bf16" if METHODS[args.method].save else "fp32")
+
+
 def targets_of(args: argparse.Namespace) -> str | list[str]:
     """What --targets names: several modules, or one word for all linear layers."""
-    return args.targets if args.targets == ALL_LINEAR else [name.strip() for name in args.targets.split(",")]
+    given = args.targets or ALL_LINEAR
+    return given if given == ALL_LINEAR else [name.strip() for name in given.split(",")]
 
 
 def samples_of(args: argparse.Namespace, tokenizer: Tokenizer, most: int) -> tuple[list[Sample], list[Sample]]:
@@ -143,7 +201,12 @@ def longest_of(samples: Sequence[Sample]) -> Sample:
 
 
 def check_memory(
-    args: argparse.Namespace, folder: Path, samples: Sequence[Sample], free_bytes: int, world: int
+    args: argparse.Namespace,
+    settings: Settings,
+    folder: Path,
+    samples: Sequence[Sample],
+    free_bytes: int,
+    world: int,
 ) -> None:
     """Count what a run needs, and say it.
 
@@ -152,11 +215,12 @@ def check_memory(
     """
     arch, longest = read_config(folder / "config.json"), longest_of(samples)
     rows = -(-min(args.batch, len(samples)) // world)
+    targets = targets_of(args)
     setup = Setup(
-        method=args.method,
-        r=args.r,
-        targets=ALL_LINEAR if args.targets == ALL_LINEAR else tuple(targets_of(args)),
-        dtype=args.dtype,
+        method=NEAREST.get(args.method, args.method),
+        r=settings.r,
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        dtype=dtype_of(args),
         optimizer=args.optimizer,
         batch=-(-rows // args.accumulate),
         seq=args.pack or len(longest.tokens),

@@ -48,6 +48,7 @@ OPTIONS = {
     "--method qlora": lambda seen, layer: isinstance(layer.base, NF4Linear),
     "--r 3": lambda seen, layer: layer.r == 3,
     "--alpha 5": lambda seen, layer: layer.alpha == 5,
+    "--loraplus-ratio 4": lambda seen, layer: len(rates_of(seen)) == 2,
     "--rslora": lambda seen, layer: layer.use_rslora,
     "--targets q_proj,down_proj": lambda seen, layer: len(adapter_layers(seen["model"])) == 60,
     "--dropout 0.25": lambda seen, layer: layer.dropout == 0.25,
@@ -71,7 +72,15 @@ OPTIONS = {
     "--patience 4": lambda seen, layer: seen["judged_by"].rules.patience == 4,
     "--max-forgetting 0.5": lambda seen, layer: seen["judged_by"].rules.most_forgotten == 0.5,
 }
-ELSEWHERE = {"help", "data", "out", "base", "eval_data", "parallel"}  # the tests beside this one
+OF_METHODS = {
+    "start_r", "bottleneck", "virtual_tokens", "words", "prefix_mlp", "refresh", "galore_scale"
+}  # test_every_method  # fmt: skip
+ELSEWHERE = {"help", "data", "out", "base", "eval_data", "parallel"} | OF_METHODS  # the tests beside this one
+
+
+def rates_of(seen):
+    learns = seen["learning"](seen["model"], seen["recipe"], 10)
+    return {group["lr"] for group in learns.optimizer.param_groups}
 
 
 def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):

@@ -8,10 +8,11 @@ from tiny_run import write_base, write_data
 
 from minilora import cli
 from minilora.llm import load_model
-from minilora.methods import dora_layer, layer_for
+from minilora.methods import dora_layer
 from minilora.qlora import NF4Linear
 from minilora.torch_lora import inject, lora_layer, save_adapter
 from minilora.torch_lora.inject import adapter_layers
+from minilora.train.adapted import use_dora
 
 TOKENS = torch.arange(20)[None]
 
@@ -40,13 +41,13 @@ def adapter_over(base, folder, stored):
 
 
 def test_the_file_says_which(adapter, base, tmp_path):
-    assert layer_for(adapter[0]) is dora_layer
+    assert use_dora(adapter[0])
     model, _ = load_model(base)
     inject(model, "q_proj", lambda linear: lora_layer(linear, r=2, alpha=4))
     save_adapter(model, tmp_path / "lora")
-    assert layer_for(tmp_path / "lora") is lora_layer
+    assert not use_dora(tmp_path / "lora")
     with pytest.raises(FileNotFoundError, match=r"there is no .*adapter_config\.json"):
-        layer_for(tmp_path)
+        use_dora(tmp_path)
 
 
 @torch.no_grad()
