@@ -43,6 +43,7 @@ from minilora.methods.peft_prompt import save_prompt
 from minilora.qlora import PagedAdamW
 from minilora.qlora.linear import DEFAULT_FORM, kept_as
 from minilora.torch_lora import inject, lora_layer, save_adapter
+from minilora.torch_lora.config import LoRAConfig
 from minilora.train.finetune import Learning, Recipe, by_adamw
 
 GAMMA = 0.5  # of AdaLoRA's penalty, as in its authors' code
@@ -53,7 +54,7 @@ class Settings:
     """What the methods ask for; None is the method's own default.
 
     Raises:
-        ValueError: if a number is impossible, with all of them.
+        ValueError: if a number is impossible.
     """
 
     r: int = 16  # of LoRA; of AdaLoRA on average at the end; of GaLore's projection
@@ -72,7 +73,8 @@ class Settings:
     seed: int = 0  # of what is drawn
 
     def __post_init__(self) -> None:
-        whole = ("r", "start_r", "bottleneck", "n_virtual", "mlp_features", "refresh")
+        LoRAConfig(r=self.r, alpha=self.scale, dropout=self.dropout, use_rslora=self.use_rslora)  # which raises
+        whole = ("start_r", "bottleneck", "n_virtual", "mlp_features", "refresh")
         odd = [name for name in whole if getattr(self, name) is not None and getattr(self, name) < 1]
         problems = [f"{name} is {getattr(self, name)}: choose 1 or more" for name in odd]
         if self.start_r is not None and self.start_r < self.r:
