@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from minilora.llm.architectures import ARCHITECTURES
-from minilora.llm.sizes import Setup, training_bytes
+from minilora.llm.setup import Setup
+from minilora.llm.training_memory import training_bytes
 from minilora.train.fits import GIB, bytes_needed, check_fits, smaller
 
 LLAMA = ARCHITECTURES["llama-2-7b"]

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.llm import load_model
 from minilora.llm.architectures import ARCHITECTURES
-from minilora.llm.sizes import Setup, training_bytes
+from minilora.llm.setup import Setup
+from minilora.llm.training_memory import training_bytes
 from minilora.methods import DoRALinear
 from minilora.qlora import PagedAdamW, QLoRALinear
 from minilora.torch_lora import LoRALinear, inject
