@@ -49,7 +49,7 @@ def saved_in_layer(arch: Architecture, setup: Setup, trained: Collection[Linear]
         **saved_by_adapters(arch, setup, trained),
     }
     terms = {name: setup.n_read_tokens * n_bytes for name, n_bytes in per_token.items()}
-    terms["adapters: matrices made for the step"] = made_for_step(arch, setup, trained)
+    terms["adapters: made of their weights for the step"] = made_for_step(arch, setup, trained)
     if setup.method == "prefix":
         keys_and_values = 2 * arch.n_kv_heads * arch.head_dim * setup.n_virtual
         mask = setup.seq * (setup.n_virtual + setup.seq)
@@ -105,7 +105,9 @@ def saved_by_adapters(arch: Architecture, setup: Setup, trained: Collection[Line
 
 
 def made_for_step(arch: Architecture, setup: Setup, trained: Collection[Linear]) -> int:
-    """Bytes, whatever the tokens: matrices that the adapters of one layer make of what they train, and keep."""
+    """Bytes, whatever the tokens: tensors that the adapters of one layer make of what they train, and keep."""
+    if setup.method == "dora":  # the lengths ‖V‖, and g
+        return sum(2 * 4 * linear.out_features for linear in trained)
     if setup.method == "adalora":  # P Λ
         return sum(4 * linear.out_features * setup.r for linear in trained)
     if setup.method in ("pissa", "olora"):  # [A − A0; A0] and [B, B − B0]
