@@ -4,6 +4,9 @@ The terms are the tensors that autograd keeps of each layer: for Llama what llm/
 norms' results too, 2 · hidden numbers a token), for GPT-2 what transformers' layers do. Assumed: attention that does
 not store its scores (torch's scaled_dot_product_attention, or ours), no dropout, products in the dtype of the weights.
 
+In 4 bits one weight at a time is made whole, in that dtype; on a processor that multiplies float32 faster (cpu/wide) it
+is float32, twice as large where the dtype has 16 bits.
+
 A matrix keeps its input only if it is trained or has an adapter that asks for it: to send a gradient through a frozen
 one takes its weight alone.
 

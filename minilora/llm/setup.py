@@ -36,6 +36,7 @@ from minilora.llm.sizes import (
     houlsby_shapes,
     ia3_vectors,
     known,
+    prefix_shapes,
     width_bytes,
 )
 
@@ -57,6 +58,7 @@ class Setup:
     targets: str | tuple[str, ...] = ALL_LINEAR  # of the methods with A and B
     bottleneck: int = 64  # of houlsby
     n_virtual: int = 20  # tokens of prefix and prompt
+    mlp_features: int | None = None  # of the network that makes a prefix while it trains, if there is one
     dtype: str = "bf16"  # of weights and arithmetic; an adapter is fp32 always
     optimizer: str = "adamw"
     batch: int = 1
@@ -68,8 +70,9 @@ class Setup:
         known("method", self.method, METHODS)
         known("optimizer", self.optimizer, OPTIMIZERS)
         width_bytes(self.dtype)
-        for name in ("r", "bottleneck", "n_virtual", "batch", "seq"):
-            check_count(name, getattr(self, name))
+        for name in ("r", "bottleneck", "n_virtual", "mlp_features", "batch", "seq"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         if self.method == "prefix" and self.checkpointing:
             raise ValueError(
                 "prefix tuning cannot compute a layer again: its gradients would not reach the prefix; leave "
@@ -131,7 +134,7 @@ def trained_shapes(arch: Architecture, setup: Setup) -> list[Shape]:
         return houlsby_shapes(arch, setup.bottleneck)
     if setup.method == "prompt":
         return [(setup.n_virtual, arch.hidden)]
-    return [(setup.n_virtual, arch.n_layers * 2 * arch.n_kv_heads * arch.head_dim)]
+    return prefix_shapes(arch, setup.n_virtual, setup.mlp_features or 0)
 
 
 def trained_params(arch: Architecture, setup: Setup) -> int:

@@ -15,6 +15,7 @@ USED_BY = {  # options that some methods alone have a use for
     "targets": LOW_RANK,
     "bottleneck": ("houlsby",),
     "n_virtual": VIRTUAL,
+    "mlp_features": ("prefix",),
     "master_weights": ("full",),
 }
 
@@ -46,6 +47,7 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
         "--n-virtual", type=int, default=USUAL.n_virtual, metavar="TOKENS",
         help="prefix, prompt: learned tokens before the text (default %(default)s)",
     )  # fmt: skip
+    add("--mlp-features", type=int, metavar="N", help="prefix: width of a network that makes it (default: none)")
     add("--dtype", choices=DTYPE_BYTES, default=USUAL.dtype, help="of the weights (default %(default)s)")
     add("--optimizer", choices=OPTIMIZERS, default=USUAL.optimizer, help="(default %(default)s; galore is one itself)")
     add("--batch", type=int, default=USUAL.batch, metavar="N", help="sequences (default %(default)s)")
@@ -88,6 +90,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
         targets=ALL_LINEAR if args.targets == ALL_LINEAR else tuple(_names(args.targets)),
         bottleneck=args.bottleneck,
         n_virtual=args.n_virtual,
+        mlp_features=args.mlp_features,
         dtype=args.dtype,
         optimizer=args.optimizer,
         batch=args.batch,

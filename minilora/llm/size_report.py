@@ -166,6 +166,8 @@ def _rows(arch: Architecture, setup: Setup) -> list[tuple[str, str, int, int]]:
             (f"after {part}", f"{h:>7,} → {setup.bottleneck:,} → {h:,}", layers, trained // 2)
             for part in ("attention", "the feed-forward")
         ]
+    if setup.method == "prefix" and setup.mlp_features is not None:
+        return [("network", f"{setup.mlp_features:,} wide", 1, trained)]
     if setup.method == "prompt":
         return [("embeddings", f"{n:,} × {h:,}", 1, trained)]
     return [(part, f"{n:,} × {arch.n_kv_heads * arch.head_dim:,}", layers, trained // 2) for part in ("keys", "values")]

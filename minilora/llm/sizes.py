@@ -127,7 +127,7 @@ def prompt_params(arch: Architecture, n_virtual_tokens: int) -> int:
     return n_virtual_tokens * arch.hidden
 
 
-def prefix_params(arch: Architecture, n_virtual_tokens: int, projection: int = 0) -> int:
+def prefix_shapes(arch: Architecture, n_virtual_tokens: int, projection: int = 0) -> list[Shape]:
     """Prefix tuning: a key and a value for each virtual token in every layer.
 
     With `projection` (the hidden units of a small network that makes them), what is trained is that network.
@@ -135,9 +135,13 @@ def prefix_params(arch: Architecture, n_virtual_tokens: int, projection: int = 0
     kv = arch.n_kv_heads * arch.head_dim
     made = arch.n_layers * 2 * kv
     if projection == 0:
-        return n_virtual_tokens * made
-    network = Linear("in", kv, projection, bias=True).params + Linear("out", projection, made, bias=True).params
-    return n_virtual_tokens * kv + network
+        return [(n_virtual_tokens, made)]
+    return [(n_virtual_tokens, kv), (projection, kv), (projection,), (made, projection), (made,)]
+
+
+def prefix_params(arch: Architecture, n_virtual_tokens: int, projection: int = 0) -> int:
+    """Count what prefix tuning trains."""
+    return count(prefix_shapes(arch, n_virtual_tokens, projection))
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------

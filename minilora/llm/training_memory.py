@@ -80,8 +80,8 @@ def bytes_beside_adapter(arch: Architecture, setup: Setup) -> int:
         return 4 * sum(linear.out_features for linear in match_targets(arch, setup.targets).values())
     if setup.method in ("pissa", "olora"):  # A0 and B0
         return 4 * lora_params(arch, setup.r, setup.targets)
-    if setup.method == "adalora":  # the running means Ī and Ū of each number's importance
-        return 2 * 4 * count(trained_shapes(arch, setup))
+    if setup.method == "adalora":  # the running means Ī and Ū of each number's importance; a byte a triplet: it stays
+        return 2 * 4 * count(trained_shapes(arch, setup)) + setup.r * len(match_targets(arch, setup.targets))
     return 0
 
 

@@ -127,6 +127,43 @@ def test_only_a_trained_head_has_a_gradient():
     assert logit_terms(SMOLLM2, Setup(method="full"))["gradient of the head in fp32"] == 49152 * 576 * 4
 
 
+# --- the other methods ---------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_read_as_so_many_tokens_more_in_every_row_and_has_no_logits():
+    prompt = training_bytes(SMOLLM2, Setup(method="prompt", n_virtual=20, batch=2, seq=100))
+    longer = activation_terms(SMOLLM2, Setup(method="prompt", n_virtual=1, batch=2, seq=119))
+    assert prompt.activations == sum(longer.values())
+    assert prompt.logits == 200 * 49152 * 2
+
+
+def test_pissa_runs_as_lora_of_twice_the_rank_and_trains_as_one_of_its_own():
+    pissa, lora, double = (
+        training_bytes(LLAMA_2_7B, Setup(method=method, r=r))
+        for method, r in (("pissa", 16), ("lora", 16), ("lora", 32))
+    )
+    assert (pissa.gradients, pissa.optimizer, pissa.adapter) == (lora.gradients, lora.optimizer, double.adapter)
+    made = 4 * 2 * 39_976_960  # [A − A0; A0] and [B, B − B0], in fp32
+    assert pissa.activations == double.activations + made
+
+
+def test_loftq_has_the_bill_of_qlora():
+    assert training_bytes(LLAMA_2_7B, Setup(method="loftq")) == training_bytes(LLAMA_2_7B, Setup(method="qlora"))
+
+
+def test_galore_keeps_of_a_7b_what_can_be_counted_by_hand():
+    """32 layers of 4 matrices 4096², 3 of 4096 · 11008; embeddings, head and 65 norms keep 8 bytes a number."""
+    used = training_bytes(LLAMA_2_7B, Setup(method="galore", r=1024))
+    projected = 4 * 1024 * 32 * (4 * 3 * 4096 + 3 * (4096 + 2 * 11008))
+    assert used.optimizer == projected + 8 * (2 * 32000 * 4096 + 65 * 4096)
+    assert (used.gradients, used.master, used.adapter) == (2 * 6_738_415_616, 0, 0)
+
+
+def test_galore_of_the_full_rank_is_adamw():
+    full, galore = (training_bytes(SMOLLM2, Setup(method=method, r=576)).optimizer for method in ("full", "galore"))
+    assert galore == full
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +176,11 @@ def test_only_a_trained_head_has_a_gradient():
         ({"r": 0}, "r is 0: it must be 1 or more"),
         ({"batch": -1}, "batch is -1: it must be 1 or more"),
         ({"seq": 0}, "seq is 0: it must be 1 or more"),
+        ({"bottleneck": 0}, "bottleneck is 0: it must be 1 or more"),
+        ({"n_virtual": 0}, "n_virtual is 0: it must be 1 or more"),
+        ({"mlp_features": 0}, "mlp_features is 0: it must be 1 or more"),
+        ({"method": "prefix", "checkpointing": True}, "gradients would not reach the prefix; leave checkpointing out"),
+        ({"method": "galore", "optimizer": "adamw-8bit"}, "galore is an AdamW of its own: .* adamw, not adamw-8bit"),
     ],
 )
 def test_an_impossible_setup_is_refused(wrong, message):
@@ -149,3 +191,10 @@ def test_an_impossible_setup_is_refused(wrong, message):
 def test_a_sequence_longer_than_the_positions_is_refused():
     with pytest.raises(ValueError, match="2048 tokens is too long: this model has 1024 positions"):
         training_bytes(GPT2, Setup(seq=2048))
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_virtual_tokens_take_positions(method):
+    training_bytes(GPT2, Setup(method=method, seq=1004, n_virtual=20))
+    with pytest.raises(ValueError, match="1005 tokens, with 20 virtual ones before it, is too long"):
+        training_bytes(GPT2, Setup(method=method, seq=1005, n_virtual=20))

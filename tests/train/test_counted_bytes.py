@@ -1,6 +1,4 @@
-"""What llm/activations counts of a layer, beside the tensors that autograd really keeps of it: the same bytes."""
-
-from dataclasses import replace
+"""What is counted of each method, beside real layers: parameters, states, and what autograd keeps, to the byte."""
 
 import pytest
 import torch
@@ -9,7 +7,10 @@ from minilora.llm import Decoder, ModelConfig
 from minilora.llm.activations import saved_in_layer
 from minilora.llm.architectures import Architecture
 from minilora.llm.setup import METHODS, Setup, trained_by_layer, trained_params
+from minilora.llm.training_memory import training_bytes
 from minilora.torch_lora.inject import count_parameters
+from minilora.train.finetune import Recipe
+from minilora.train.methods import METHODS as TRAINED
 from minilora.train.methods import Settings, put_new
 
 ARCH = Architecture("llama", 3, 64, 96, 4, 2, 16, 50)
@@ -58,7 +59,33 @@ def test_the_count_is_that_of_the_layers(method):
     settings = Settings(r=4, start_r=4, bottleneck=8, n_virtual=3)
     model = tiny(3, method, settings, "fp32")
 
-    arch = replace(ARCH, n_layers=3)
     assert (
-        trained_params(arch, Setup(method=method, r=4, bottleneck=8, n_virtual=3)) == count_parameters(model).trainable
+        trained_params(ARCH, Setup(method=method, r=4, bottleneck=8, n_virtual=3)) == count_parameters(model).trainable
     )
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"full", "galore", "qlora", "loftq"}))
+def test_the_bytes_of_an_adapter_are_what_a_model_has_more(method):
+    """Of a model in 4 bits the base changes as well: test_memory and the tests of nf4_bytes look at that."""
+    settings = Settings(r=4, start_r=6, bottleneck=8, n_virtual=3, mlp_features=5 if method == "prefix" else None)
+    model, plain = tiny(3, method, settings, "fp32"), tiny(3, "full", settings, "fp32")
+    allocator = TRAINED[method].learning(settings)(model, Recipe(lr=1e-3, batch_size=1), 100).beside
+    beside = [] if allocator is None else [*allocator.sensitivity.values(), *allocator.uncertainty.values()]
+    more = bytes_of([*model.parameters(), *model.buffers(), *beside]) - bytes_of([*plain.parameters()])
+
+    setup = Setup(
+        method=method, r=6 if method == "adalora" else 4, bottleneck=8, n_virtual=3, mlp_features=settings.mlp_features
+    )
+    assert training_bytes(ARCH, setup).adapter == more
+
+
+def test_galores_state_is_what_it_says_of_itself():
+    settings = Settings(r=4)
+    model = tiny(3, "galore", settings, "fp32")
+    optimizer = TRAINED["galore"].learning(settings)(model, Recipe(lr=1e-3, batch_size=1), 100).optimizer
+
+    assert training_bytes(ARCH, Setup(method="galore", r=4)).optimizer == optimizer.report().total_bytes
+
+
+def bytes_of(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
