@@ -280,13 +280,13 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _size_arguments(parser: argparse.ArgumentParser) -> None:
-    from minilora.llm.size_report import add_size_arguments
+    from minilora.llm.size_command import add_size_arguments
 
     add_size_arguments(parser)
 
 
 def _size(args: argparse.Namespace) -> int:
-    from minilora.llm.size_report import run
+    from minilora.llm.size_command import run
 
     return run(args)
 

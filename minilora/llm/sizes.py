@@ -1,31 +1,20 @@
-"""Parameters and bytes of real language models, from their shapes alone: no weights, no torch.
+"""Parameters and bytes of real language models, from their shapes alone: no weights, no torch. All of it is exact.
 
-What is exact: every count, an adapter's file, the weights, gradients and optimizer state of a training run.
-What is an estimate: activations and logits. They are sums of named terms, the tensors that autograd keeps
-for the backward pass (`saved_per_token` says which). On SmolLM2-135M the sum is within a tenth of the bytes
-that are alive in a step (tests/train/test_memory.py).
+    counts    what a model has, and what each method of the family trains: from the papers' formulas
+    files     an adapter's tensors, and the head of their safetensors file
+    bytes     weights in 16 bits or in 4, and what an optimizer keeps for the parameters that it trains
 
-What is left out: the device's own context (0.3 to 0.8 GB on CUDA), the allocator's gaps, and the temporary
-tensors of single operations.
-
-    full    every parameter is trained
-    lora    A and B are trained, in fp32, beside the frozen model
-    dora    and a magnitude for each output, beside the squared length of each row of the frozen weight
-    qlora   the same over linear layers of 4.127 bits a weight; embeddings, head and norms stay as they are
-
-Read before this file: architectures.
+Read before this file: architectures. Read after it: setup, activations, training_memory.
 """
 
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from minilora.llm.architectures import (
     ALL_LINEAR,
     HEAD,
-    NAMES,
     Architecture,
     Linear,
     Shape,
@@ -36,14 +25,11 @@ from minilora.llm.architectures import (
     parameter_shapes,
 )
 
-METHODS = ("full", "lora", "dora", "qlora")
 OPTIMIZERS = ("adamw", "adamw-8bit", "sgd")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SAFETENSORS_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 MIN_8BIT_SIZE = 4096  # bitsandbytes keeps the state of a smaller tensor in fp32
 STATE_BLOCK_SIZE = 256  # 8-bit state values that share an absmax
-KEPT_ANYHOW = ("v_proj", "gate_proj", "up_proj")  # whose results the backward of attention and of SwiGLU asks for
-LOSS_CHUNK_TOKENS = 256  # whose logits the loss makes at a time: 25 MB of bf16 for SmolLM2; more is no faster
 
 Targets = str | Sequence[str]
 
@@ -78,7 +64,7 @@ def adapter_shapes(
     Raises:
         ValueError: if `r` is below 1, or a target hits nothing.
     """
-    _check_count("r", r)
+    check_count("r", r)
     embeddings = end_matrices(arch).keys() - {HEAD}
     shapes: dict[str, Shape] = {}
     for name, linear in match_targets(arch, targets).items():
@@ -103,18 +89,37 @@ def lora_params(arch: Architecture, r: int, targets: Targets = ALL_LINEAR, use_d
     return count(adapter_shapes(arch, r, targets, use_dora).values())
 
 
-def ia3_params(arch: Architecture) -> int:
-    """IA³: a factor for each output of k and v (of q too where they are fused) and each input of the last matrix."""
+def adalora_shapes(arch: Architecture, r: int, targets: Targets = ALL_LINEAR) -> list[Shape]:
+    """AdaLoRA at its start: A, B and r singular values for each matrix. While it trains, zeros take their place.
+
+    Raises:
+        ValueError: as adapter_shapes.
+    """
+    return [*adapter_shapes(arch, r, targets).values(), *[(r,) for _ in match_targets(arch, targets)]]
+
+
+def ia3_vectors(arch: Architecture) -> dict[str, int]:
+    """IA³ in one layer: a factor for each output of k and v (of q too where they are fused), by the matrix's name, and
+    for each input of the last matrix."""
     layer = layer_linears(arch)
-    outputs = sum(linear.out_features for linear in layer if linear.name.endswith(("k_proj", "v_proj", "c_attn")))
-    return arch.n_layers * (outputs + layer[-1].in_features)
+    outputs = {y.name: y.out_features for y in layer if y.name.endswith(("k_proj", "v_proj", "c_attn"))}
+    return outputs | {layer[-1].name: layer[-1].in_features}
+
+
+def ia3_params(arch: Architecture) -> int:
+    """Count IA³'s factors in all layers."""
+    return arch.n_layers * sum(ia3_vectors(arch).values())
+
+
+def houlsby_shapes(arch: Architecture, bottleneck: int) -> list[Shape]:
+    """Houlsby's adapters: two a layer, each down to the bottleneck and up again, with biases."""
+    h, m = arch.hidden, bottleneck
+    return arch.n_layers * 2 * [(m, h), (m,), (h, m), (h,)]
 
 
 def houlsby_params(arch: Architecture, bottleneck: int) -> int:
-    """Houlsby's adapters: two a layer, each down to the bottleneck and up again, with biases."""
-    down = Linear("down", arch.hidden, bottleneck, bias=True)
-    up = Linear("up", bottleneck, arch.hidden, bias=True)
-    return arch.n_layers * 2 * (down.params + up.params)
+    """Count what Houlsby's adapters train."""
+    return count(houlsby_shapes(arch, bottleneck))
 
 
 def prompt_params(arch: Architecture, n_virtual_tokens: int) -> int:
@@ -122,7 +127,7 @@ def prompt_params(arch: Architecture, n_virtual_tokens: int) -> int:
     return n_virtual_tokens * arch.hidden
 
 
-def prefix_params(arch: Architecture, n_virtual_tokens: int, projection: int = 0) -> int:
+def prefix_shapes(arch: Architecture, n_virtual_tokens: int, projection: int = 0) -> list[Shape]:
     """Prefix tuning: a key and a value for each virtual token in every layer.
 
     With `projection` (the hidden units of a small network that makes them), what is trained is that network.
@@ -130,15 +135,21 @@ def prefix_params(arch: Architecture, n_virtual_tokens: int, projection: int = 0
     kv = arch.n_kv_heads * arch.head_dim
     made = arch.n_layers * 2 * kv
     if projection == 0:
-        return n_virtual_tokens * made
-    network = Linear("in", kv, projection, bias=True).params + Linear("out", projection, made, bias=True).params
-    return n_virtual_tokens * kv + network
+        return [(n_virtual_tokens, made)]
+    return [(n_virtual_tokens, kv), (projection, kv), (projection,), (made, projection), (made,)]
+
+
+def prefix_params(arch: Architecture, n_virtual_tokens: int, projection: int = 0) -> int:
+    """Count what prefix tuning trains."""
+    return count(prefix_shapes(arch, n_virtual_tokens, projection))
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------
 
 
-def adapter_bytes(arch: Architecture, r: int, targets: Targets = ALL_LINEAR, dtype: str = "fp32") -> int:
+def adapter_bytes(
+    arch: Architecture, r: int, targets: Targets = ALL_LINEAR, dtype: str = "fp32", use_dora: bool = False
+) -> int:
     """The bytes of an adapter's tensors. Its file is larger by `adapter_header_bytes`.
 
     Raises:
@@ -148,15 +159,17 @@ def adapter_bytes(arch: Architecture, r: int, targets: Targets = ALL_LINEAR, dty
     >>> adapter_bytes(ARCHITECTURES["llama-2-7b"], r=16, dtype="bf16")
     79953920
     """
-    return lora_params(arch, r, targets) * _width_bytes(dtype)
+    return lora_params(arch, r, targets, use_dora) * width_bytes(dtype)
 
 
-def adapter_header_bytes(arch: Architecture, r: int, targets: Targets = ALL_LINEAR, dtype: str = "fp32") -> int:
+def adapter_header_bytes(
+    arch: Architecture, r: int, targets: Targets = ALL_LINEAR, dtype: str = "fp32", use_dora: bool = False
+) -> int:
     """The head of an adapter's safetensors file: its length in 8 bytes, then JSON with each tensor's name and place."""
-    width_bytes, end = _width_bytes(dtype), 0
+    n_bytes, end = width_bytes(dtype), 0
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for name, shape in sorted(adapter_shapes(arch, r, targets).items()):
-        start, end = end, end + math.prod(shape) * width_bytes
+    for name, shape in sorted(adapter_shapes(arch, r, targets, use_dora).items()):
+        start, end = end, end + math.prod(shape) * n_bytes
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     json_bytes = len(json.dumps(header, separators=(",", ":")))
     return 8 + math.ceil(json_bytes / 8) * 8  # padded, so that the tensors start at a multiple of 8
@@ -189,192 +202,66 @@ def optimizer_bytes(shapes: Iterable[Shape], optimizer: str) -> int:
     133120
     """
     sizes = [math.prod(shape) for shape in shapes]
-    if _known("optimizer", optimizer, OPTIMIZERS) == "sgd":
+    if known("optimizer", optimizer, OPTIMIZERS) == "sgd":
         return 0
     small = [n for n in sizes if optimizer == "adamw" or n < MIN_8BIT_SIZE]
     large = [n for n in sizes if optimizer == "adamw-8bit" and n >= MIN_8BIT_SIZE]
     return sum(8 * n for n in small) + sum(2 * n + 2 * 4 * math.ceil(n / STATE_BLOCK_SIZE) for n in large)
 
 
-def weight_bytes(arch: Architecture, method: str, dtype: str) -> int:
-    """The bytes of the model's own weights. QLoRA: every linear layer but the head in 4 bits.
+def galore_bytes(matrices: Iterable[Linear], others: Iterable[Shape], r: int) -> int:
+    """The bytes of GaLore's state: of each matrix, a projector of its smaller side and moments of its larger one.
+
+        4 · (r · smaller + 2 · r · larger)  where r is below the smaller side;  adamw's 8 bytes elsewhere
+
+    >>> galore_bytes([Linear("q_proj", 4096, 1024)], [], r=128) == 4 * 128 * (1024 + 2 * 4096)
+    True
+    """
+    n_bytes = optimizer_bytes(others, "adamw")
+    for matrix in matrices:
+        smaller, larger = sorted((matrix.in_features, matrix.out_features))
+        n_bytes += 4 * r * (smaller + 2 * larger) if r < smaller else 8 * matrix.n_weights
+    return n_bytes
+
+
+def weight_bytes(arch: Architecture, dtype: str, in_4_bits: bool = False) -> int:
+    """The bytes of the model's own weights. In 4 bits: every linear layer but the head.
 
     So it is where all of them are targets, as `minilora train` makes them; what `inject` is not told to wrap stays.
     """
-    if _known("method", method, METHODS) != "qlora":
-        return base_params(arch) * _width_bytes(dtype)
+    if not in_4_bits:
+        return base_params(arch) * width_bytes(dtype)
     rest = base_params(arch) - linear_weights(arch)
-    return sum(nf4_bytes(linear.n_weights) for linear in linears(arch).values()) + rest * _width_bytes(dtype)
-
-
-# --- the memory of training ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """How a model is trained. Checked when made."""
-
-    method: str = "lora"
-    r: int = 8
-    targets: str | tuple[str, ...] = ALL_LINEAR
-    dtype: str = "bf16"  # of weights and arithmetic; an adapter's A and B are fp32 always
-    optimizer: str = "adamw"
-    batch: int = 1
-    seq: int = 512  # tokens in a row of the batch
-    checkpointing: bool = False  # keep each layer's input only, and compute the layer again in the backward pass
-    master_weights: bool = True  # full training in 16 bits updates an fp32 copy of the weights
-
-    def __post_init__(self) -> None:
-        _known("method", self.method, METHODS)
-        _known("optimizer", self.optimizer, OPTIMIZERS)
-        _width_bytes(self.dtype)
-        for name in ("r", "batch", "seq"):
-            _check_count(name, getattr(self, name))
-
-    @property
-    def is_full(self) -> bool:
-        return self.method == "full"
-
-    @property
-    def n_tokens(self) -> int:
-        return self.batch * self.seq
-
-    @property
-    def width_bytes(self) -> int:
-        """Bytes of one number in the weights and activations."""
-        return _width_bytes(self.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingBytes:
-    """The memory of a training step, in bytes. Activations and logits are estimates; the rest is exact."""
-
-    weights: int
-    adapter: int
-    gradients: int
-    optimizer: int
-    master: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
-
-
-def training_bytes(arch: Architecture, setup: Setup) -> TrainingBytes:
-    """Add up the memory of one training step.
-
-    Gradients fill while activations empty, so the true peak of a large model lies a little below this sum.
-
-    Raises:
-        ValueError: if a target hits nothing, or the sequence is longer than the model's positions.
-
-    >>> from minilora.llm.architectures import ARCHITECTURES
-    >>> training_bytes(ARCHITECTURES["llama-2-7b"], Setup(method="full", dtype="fp32")).optimizer / 6738415616
-    8.0
-    """
-    if arch.n_positions and setup.seq > arch.n_positions:
-        raise ValueError(f"a sequence of {setup.seq} tokens is too long: this model has {arch.n_positions} positions")
-    is_dora = setup.method == "dora"
-    trained = parameter_shapes(arch) if setup.is_full else adapter_shapes(arch, setup.r, setup.targets, is_dora)
-    n_trained = count(trained.values())
-    row_lengths = 4 * sum(y.out_features for y in match_targets(arch, setup.targets).values()) if is_dora else 0
-    has_master = setup.is_full and setup.master_weights and setup.width_bytes < 4
-    return TrainingBytes(
-        weights=weight_bytes(arch, setup.method, setup.dtype),
-        adapter=0 if setup.is_full else 4 * n_trained + row_lengths,
-        gradients=n_trained * (setup.width_bytes if setup.is_full else 4),
-        optimizer=optimizer_bytes(trained.values(), setup.optimizer),
-        master=4 * n_trained if has_master else 0,
-        activations=sum(activation_terms(arch, setup).values()),
-        logits=sum(logit_terms(arch, setup).values()),
-    )
-
-
-def saved_per_token(arch: Architecture, setup: Setup, trained: Collection[Linear]) -> dict[str, int]:
-    """Bytes for each token that autograd keeps of one layer, of which these matrices are trained or have an adapter.
-
-    Assumed: attention that does not store its scores (torch's scaled_dot_product_attention, or ours), no dropout, and
-    for Llama what llm/autograd keeps on a CPU (on CUDA the norms' results too, 2 · hidden numbers). A matrix keeps its
-    input only if it is trained or has an adapter: to send a gradient through a frozen one takes its weight alone.
-    """
-    width_bytes, i = setup.width_bytes, arch.intermediate
-    q, kv = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
-    inputs = {linear.reads: linear.in_features for linear in trained}
-    results = [y.out_features for y in trained if y.name.rpartition(".")[2] not in KEPT_ANYHOW]
-    attention = {"attention: output and log-sum": q * width_bytes + 4 * arch.n_heads}
-    if arch.family == "llama":
-        norms = {"norms: input, and a scale in fp32": 2 * (arch.hidden * width_bytes + 4)}
-        mlp = {"mlp: gate and up": 2 * i * width_bytes}
-        if not setup.is_full:  # a LoRA layer has a norm's result, or swiglu's, made again
-            inputs = {name: features for name, features in inputs.items() if name == "attention output"}
-        if width_bytes <= 2:  # attention by hand: from q, k and v alone
-            attention = {}
-    else:
-        norms = {"norms: input, mean and deviation": 2 * (arch.hidden + 2) * width_bytes}
-        mlp = {"mlp: four steps of gelu": 4 * i * width_bytes}
-        inputs.pop("attention output", None)  # a view of what attention keeps; Llama's is a copy, head after head
-    return {
-        **norms,
-        "attention: q, k, v": (q + 2 * kv) * width_bytes,
-        **attention,
-        **mlp,
-        "inputs of trained matrices": sum(inputs.values()) * width_bytes,
-        "adapters: x Aᵀ": 0 if setup.is_full else len(trained) * setup.r * width_bytes,
-        "DoRA: results that nothing else keeps": width_bytes * sum(results) if setup.method == "dora" else 0,
-    }
-
-
-def activation_terms(arch: Architecture, setup: Setup) -> dict[str, int]:
-    """An estimate of the bytes that wait for the backward pass, by kind of tensor, for the whole batch and all layers.
-
-    With checkpointing: the input of every layer, and all of one layer, the one that is being computed again. Where that
-    one is smaller than the loss's chunk, which has gone by then, it adds nothing.
-    """
-    layers = [saved_per_token(arch, setup, trained) for trained in _trained_by_layer(arch, setup)]
-    if setup.checkpointing:
-        layers = [max(layers, key=lambda terms: sum(terms.values()))]
-    terms = {name: setup.n_tokens * sum(layer[name] for layer in layers) for name in layers[0]}
-    if setup.method == "qlora":
-        largest = max(linear.n_weights for linear in layer_linears(arch))
-        terms["one weight at a time, out of 4 bits"] = largest * setup.width_bytes
-    if setup.checkpointing:
-        if sum(terms.values()) <= sum(logit_terms(arch, setup).values()):
-            terms = {}
-        terms["checkpoints: input of each layer"] = arch.n_layers * setup.n_tokens * arch.hidden * setup.width_bytes
-    return {name: n_bytes for name, n_bytes in terms.items() if n_bytes}
-
-
-def _trained_by_layer(arch: Architecture, setup: Setup) -> list[list[Linear]]:
-    """For each decoder layer, those of its matrices that are trained or have an adapter."""
-    hit = linears(arch) if setup.is_full else match_targets(arch, setup.targets)
-    prefix, one_layer = NAMES[arch.family].layer, layer_linears(arch)
-    return [[linear for linear in one_layer if f"{prefix}.{n}.{linear.name}" in hit] for n in range(arch.n_layers)]
-
-
-def logit_terms(arch: Architecture, setup: Setup) -> dict[str, int]:
-    """An estimate of the bytes at the loss, which makes the logits of LOSS_CHUNK_TOKENS tokens at a time."""
-    n = min(setup.n_tokens, LOSS_CHUNK_TOKENS) * arch.vocab
-    terms = {f"logits in {setup.dtype}": n * setup.width_bytes}
-    if setup.is_full:
-        terms["gradient of the head in fp32"] = arch.vocab * arch.hidden * 4
-    return terms
+    return sum(nf4_bytes(linear.n_weights) for linear in linears(arch).values()) + rest * width_bytes(dtype)
 
 
 # --- checks -------------------------------------------------------------------------------------------------------
 
 
-def _known(what: str, name: str, names: Iterable[str]) -> str:
+def known(what: str, name: str, names: Iterable[str]) -> str:
+    """The name.
+
+    Raises:
+        ValueError: if it is none of the names.
+    """
     if name not in names:
         raise ValueError(f"no {what} is named {name!r}; there are {', '.join(names)}")
     return name
 
 
-def _width_bytes(dtype: str) -> int:
-    return DTYPE_BYTES[_known("dtype", dtype, DTYPE_BYTES)]
+def width_bytes(dtype: str) -> int:
+    """Bytes of one number.
+
+    Raises:
+        ValueError: for an unknown dtype.
+    """
+    return DTYPE_BYTES[known("dtype", dtype, DTYPE_BYTES)]
 
 
-def _check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int) -> None:
+    """
+    Raises:
+        ValueError: if it is below 1.
+    """
     if value < 1:
         raise ValueError(f"{name} is {value}: it must be 1 or more")

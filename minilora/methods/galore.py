@@ -100,7 +100,7 @@ class GaLoreAdamW(Optimizer):
         N = direction_(R, state["M"], state["V"], state["step"], group["betas"], group["eps"])
         update = group["scale"] * project_back(N, state["P"], p.shape) if r else N
         W = p.float()  # p itself, where it is float32 already
-        W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
+        W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.mul_(group["lr"]))
         if W is not p:
             p.copy_(W)
 
@@ -208,7 +208,8 @@ def direction_(
     beta1, beta2 = betas
     M.lerp_(R, 1 - beta1)
     V.mul_(beta2).addcmul_(R, R, value=1 - beta2)
-    return M / (1 - beta1**step) / ((V / (1 - beta2**step)).sqrt() + eps)
+    spread = (V / (1 - beta2**step)).sqrt_().add_(eps)  # in place: of a vocabulary's embedding each copy is large
+    return (M / (1 - beta1**step)).div_(spread)
 
 
 def projected_r(p: Tensor, r: int | None) -> int:

@@ -1,7 +1,7 @@
 """Will a run fit into memory? Asked before anything is loaded, and answered with what would fit.
 
-What a run needs is counted, not tried: llm/sizes, within a tenth of what tensors really take. A process that asks for
-more than there is does not get an error on most systems: it is killed, some minutes into its work.
+What a run needs is counted, not tried: llm/training_memory, within a tenth of what tensors really take. A process that
+asks for more than there is does not get an error on most systems: it is killed, some minutes into its work.
 """
 
 from collections.abc import Iterator
@@ -9,8 +9,9 @@ from dataclasses import replace
 from itertools import product
 
 from minilora.llm.architectures import Architecture
-from minilora.llm.size_report import MARGIN
-from minilora.llm.sizes import Setup, base_params, training_bytes, weight_bytes
+from minilora.llm.setup import LOW_RANK, Setup
+from minilora.llm.sizes import base_params, weight_bytes
+from minilora.llm.training_memory import MARGIN, training_bytes
 
 MOST_WAYS = 3  # that are told
 GIB = 2**30
@@ -23,8 +24,8 @@ def bytes_needed(arch: Architecture, setup: Setup) -> int:
     weights that it was loaded with are still there.
     """
     loading = base_params(arch) * setup.width_bytes
-    if setup.method == "qlora":
-        loading += weight_bytes(arch, "qlora", setup.dtype)
+    if setup.is_in_4_bits:
+        loading += weight_bytes(arch, setup.dtype, in_4_bits=True)
     return max(int(MARGIN * training_bytes(arch, setup).total), loading)
 
 
@@ -62,9 +63,12 @@ def smaller(setup: Setup, rows: int | None = None) -> Iterator[tuple[list[str], 
     Fewer samples at a time are no smaller batch: it is taken in parts.
     """
     batches = [setup.batch // 2**halvings for halvings in range(setup.batch.bit_length())]
-    methods = [setup.method] if setup.method == "qlora" else [setup.method, "qlora"]
+    has_4_bit_twin = setup.trains_all or (setup.method in LOW_RANK and not setup.is_in_4_bits)
+    methods = [setup.method, "qlora"] if has_4_bit_twin else [setup.method]
     optimizers = [setup.optimizer] if setup.optimizer == "adamw-8bit" else [setup.optimizer, "adamw-8bit"]
     for again, batch, method, optimizer in product((False, True), batches, methods, optimizers):
+        if (again and method == "prefix") or (optimizer != "adamw" and method == "galore"):
+            continue  # Setup says why
         options = ["--checkpointing"] if again and not setup.checkpointing else []
         options += [f"--accumulate {-(-(rows or setup.batch) // batch)}"] if batch != setup.batch else []
         options += [f"--method {method}"] if method != setup.method else []

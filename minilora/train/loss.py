@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from minilora.cpu import Linear
 from minilora.cpu.products import linear, product
+from minilora.llm.activations import LOSS_CHUNK_TOKENS
 from minilora.llm.model import Transformer
-from minilora.llm.sizes import LOSS_CHUNK_TOKENS
 from minilora.train.data import IGNORED, Batch
 
 LEAST_SHARE_SAVED = 1 / 16  # of a batch's tokens: what lays the rows together and apart costs about 3 % of a step

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minilora.llm.architectures import ALL_LINEAR, read_config
 from minilora.llm.load import model_folder
-from minilora.llm.sizes import Setup
+from minilora.llm.setup import Setup
 from minilora.llm.tokenizer import Tokenizer, load_tokenizer
 from minilora.train.adapted import is_in_4_bits, longest_text
 from minilora.train.data import Sample

@@ -7,7 +7,9 @@ from minilora.classroom.parameter_tree import EVERYTHING, parameter_tree
 from minilora.llm.architectures import ARCHITECTURES
 from minilora.llm.config import ModelConfig
 from minilora.llm.model import Decoder
-from minilora.llm.sizes import OPTIMIZERS, Setup, adapter_shapes, training_bytes
+from minilora.llm.setup import Setup
+from minilora.llm.sizes import OPTIMIZERS, adapter_shapes
+from minilora.llm.training_memory import training_bytes
 from minilora.torch_lora import LoRALinear, count_parameters, inject
 
 SMOL = ARCHITECTURES["smollm2-135m"]

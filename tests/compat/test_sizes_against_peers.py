@@ -10,12 +10,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from minilora.llm.activations import activation_terms
 from minilora.llm.architectures import ARCHITECTURES, Architecture, find_architecture, parameter_shapes
 from minilora.llm.config import ModelConfig
 from minilora.llm.model import Decoder
+from minilora.llm.setup import Setup
 from minilora.llm.sizes import (
-    Setup,
-    activation_terms,
     adapter_bytes,
     adapter_header_bytes,
     adapter_shapes,

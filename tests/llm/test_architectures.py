@@ -19,6 +19,16 @@ from minilora.llm.architectures import (
     read_config,
 )
 
+COUNTING = (
+    "architectures",
+    "sizes",
+    "setup",
+    "activations",
+    "training_memory",
+    "memory_report",
+    "size_report",
+    "size_command",
+)
 LLAMA_CONFIG = {
     "model_type": "llama",
     "num_hidden_layers": 28,
@@ -46,7 +56,7 @@ def written(folder: Path, config: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["architectures", "sizes", "size_report"])
+@pytest.mark.parametrize("name", COUNTING)
 def test_nothing_but_the_standard_library_is_imported(name):
     source = Path(architectures.__file__).with_name(f"{name}.py").read_text()
     imported = {
@@ -61,7 +71,7 @@ def test_nothing_but_the_standard_library_is_imported(name):
         )
     }
     foreign = {module for module in imported if module.split(".")[0] not in sys.stdlib_module_names}
-    assert foreign <= {"minilora.llm.architectures", "minilora.llm.sizes"}
+    assert foreign <= {f"minilora.llm.{name}" for name in COUNTING}
 
 
 # --- names --------------------------------------------------------------------------------------------------------

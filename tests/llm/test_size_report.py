@@ -7,16 +7,11 @@ import re
 import pytest
 
 from minilora.llm.architectures import ARCHITECTURES
-from minilora.llm.size_report import (
-    MARGIN,
-    _card,
-    add_size_arguments,
-    list_report,
-    run,
-    size_numbers,
-    size_report,
-)
-from minilora.llm.sizes import METHODS, Setup, TrainingBytes, training_bytes
+from minilora.llm.memory_report import COLUMNS, _card
+from minilora.llm.setup import METHODS, Setup, trained_params
+from minilora.llm.size_command import add_size_arguments, run
+from minilora.llm.size_report import COMPARED, list_report, size_numbers, size_report
+from minilora.llm.training_memory import MARGIN, TrainingBytes, training_bytes
 
 LLAMA_2_7B = ARCHITECTURES["llama-2-7b"]
 
@@ -42,31 +37,95 @@ def test_without_a_method_all_three_stand_side_by_side(capsys):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("methods", [METHODS, *[(method,) for method in METHODS]], ids="-".join)
+@pytest.mark.parametrize("methods", [METHODS, COMPARED, *[(method,) for method in METHODS]], ids="-".join)
 def test_the_report_fits_a_terminal_of_100_columns(name, methods):
-    setup = Setup(method=methods[0] if len(methods) == 1 else "lora", r=64, batch=16, seq=1024, checkpointing=True)
-    report = size_report(name, ARCHITECTURES[name], setup, methods)
+    """Of the widest numbers that are usual: 900 tokens and 100 virtual ones fit GPT-2's positions."""
+    setups = [Setup(method=m, r=64, batch=16, seq=900, n_virtual=100) for m in methods]
+    report = size_report(name, ARCHITECTURES[name], setups)
     assert max(len(line) for line in report.splitlines()) <= 100
+
+
+def test_every_method_has_a_column():
+    report = size_report("gpt2", ARCHITECTURES["gpt2"], [Setup(method=method) for method in METHODS])
+    heads = [line.split() for line in report.splitlines() if line.startswith(" " * 28)]
+    assert [name for head in heads for name in head] == list(METHODS)
+    assert max(map(len, heads)) == COLUMNS
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_printed_parts_add_up(method):
     """Each part is rounded to 0.001 GB, so seven parts can be off by 0.0035 and the sum by 0.0005."""
-    report = size_report("llama-2-7b", LLAMA_2_7B, Setup(method=method), (method,))
+    report = size_report("llama-2-7b", LLAMA_2_7B, [Setup(method=method)])
     memory = report.partition("Memory of training in GB")[2]
     parts = [float(figure) for figure in re.findall(r"^  \w.{25} *([\d.]+)   ", memory, flags=re.MULTILINE)]
     assert len(parts) > 4
     assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.004)
 
 
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"full", "galore"}))
+def test_the_parts_of_an_adapter_add_up_to_what_is_trained(method):
+    """Exactly: a line for each kind of part, ending in the numbers of all parts of the kind."""
+    for name in ("llama-3-8b", "gpt2"):
+        report = size_report(name, ARCHITECTURES[name], [Setup(method=method)])
+        parts = re.findall(r"^  \S.* × \d+ +([\d,]+)$", report, flags=re.MULTILINE)
+        total = trained_params(ARCHITECTURES[name], Setup(method=method))
+        assert sum(int(part.replace(",", "")) for part in parts) == total
+        assert re.search(rf"trainable +{total:,} ", report)
+
+
+def test_several_methods_are_counted_side_by_side(capsys):
+    text = printed(capsys, "llama-2-7b --method lora,ia3,prefix -r 8 --targets q_proj,v_proj")
+    assert re.search(r"lora +4,194,304 +0\.0622 %", text)
+    assert re.search(r"ia3 +614,400 +0\.0091 %", text)
+    assert re.search(r"prefix +5,242,880 +0\.0777 %", text)
+    assert re.search(r"\n +lora +ia3 +prefix\n", text)
+
+
+def test_several_methods_in_json_have_a_count_each(capsys):
+    numbers = json.loads(printed(capsys, "llama-2-7b --method dora,ia3 --json"))
+    assert numbers["trainable"] == {
+        method: trained_params(LLAMA_2_7B, Setup(method=method)) for method in ("dora", "ia3")
+    }
+    assert list(numbers["training_bytes"]) == ["dora", "ia3"]
+
+
+def test_a_file_of_dora_holds_the_magnitudes(capsys):
+    """PEFT's method_comparison counts 9,289,728 numbers for Llama-3.2-3B, r 32 on q and v."""
+    text = printed(capsys, "llama-3.2-3b --method dora -r 32 --targets q_proj,v_proj")
+    assert f"{4 * 9_289_728:,} bytes" in text
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_file_that_begins_elsewhere_is_a_lora_of_twice_the_rank(method, capsys):
+    numbers = json.loads(printed(capsys, f"llama-2-7b --method {method} -r 16 --json"))
+    assert numbers["trainable"] == 39_976_960
+    assert numbers["adapter_bytes"] == {"fp32": 2 * 159_907_840, "bf16": 2 * 79_953_920}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--method lora --bottleneck 8", "--bottleneck does nothing for lora: it is an option of houlsby"),
+        ("--method ia3,houlsby -r 16", "--r does nothing for ia3, houlsby: it is an option of lora, dora, qlora"),
+        ("--method full --n-virtual 8", "--n-virtual does nothing for full: it is an option of prefix, prompt"),
+        ("--method prompt --targets c_attn", "--targets does nothing for prompt: it is an option of lora"),
+        ("--method lora --no-master-weights", "--no-master-weights does nothing for lora: it is an option of full"),
+        ("--method lora,lisa", "no method is named 'lisa'; there are full, lora, dora"),
+    ],
+)
+def test_an_option_that_nothing_has_a_use_for_is_refused(words, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        printed(capsys, f"gpt2 {words}")
+
+
 def test_estimates_are_called_estimates():
-    report = size_report("gpt2", ARCHITECTURES["gpt2"], Setup())
+    report = size_report("gpt2", ARCHITECTURES["gpt2"], [Setup()])
     assert "activations (estimate)" in report
     assert "logits, loss (estimate)" in report
 
 
 def test_a_small_model_is_printed_in_mb():
-    report = size_report("smollm2-135m", ARCHITECTURES["smollm2-135m"], Setup(method="qlora", seq=64), ("qlora",))
+    report = size_report("smollm2-135m", ARCHITECTURES["smollm2-135m"], [Setup(method="qlora", seq=64)])
     assert "Memory of training in MB" in report
 
 
@@ -102,7 +161,7 @@ def test_every_option_reaches_the_numbers(capsys):
     setup = Setup(
         method="full", dtype="fp16", optimizer="adamw-8bit", batch=3, seq=100, checkpointing=True, master_weights=False
     )
-    expected = size_numbers("gpt2", ARCHITECTURES["gpt2"], setup, ("full",))
+    expected = size_numbers("gpt2", ARCHITECTURES["gpt2"], [setup])
     assert json.loads(printed(capsys, f"{words} --no-master-weights")) == json.loads(json.dumps(expected))
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from minilora.llm.architectures import ARCHITECTURES
-from minilora.llm.sizes import Setup, training_bytes
+from minilora.llm.setup import METHODS, Setup
+from minilora.llm.training_memory import training_bytes
 from minilora.train.fits import GIB, bytes_needed, check_fits, smaller
 
 LLAMA = ARCHITECTURES["llama-2-7b"]
@@ -62,3 +63,15 @@ def test_smaller_setups_keep_what_is_saved_already():
         check_fits(LLAMA, saving, GIB)
     assert all(other != SETUP for _, other in smaller(SETUP))
     assert {other.batch for _, other in smaller(SETUP)} == {8, 4, 2, 1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_told_ways_that_it_has(method):
+    """A way that Setup refuses would raise here. Of 4 bits there is none for what stands over whole layers."""
+    ways = [options for options, _ in smaller(replace(SETUP, method=method))]
+
+    told = {option.split()[0] for options in ways for option in options}
+    assert ("--checkpointing" in told) == (method != "prefix")
+    alone = any(options == ["--optimizer adamw-8bit"] for options in ways)
+    assert alone == (method != "galore")
+    assert ("--method" in told) == (method in ("full", "galore", "lora", "dora", "adalora", "pissa", "olora"))
