@@ -6,7 +6,7 @@
 Nothing here knows a method: methods/peft_ia3, peft_adalora and houlsby_format use it. Only linear layers are looked at.
 Whole modules can be in all of these files, biases alone where a config has a word for them.
 
-Read before this file: peft_format.
+Read before this file: peft_files, peft_format.
 """
 
 import re
