@@ -106,7 +106,6 @@ class Method:
     lr: float = 2e-4  # where none is given
     r: int = 16
     in_processes: bool = False  # torchrun's; tested with these
-    optimizes_itself: bool = False
 
 
 def put_new(model: Decoder, name: str, settings: Settings) -> None:
@@ -323,7 +322,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "galore": Method(
             lr=1e-3,
             r=128,
-            optimizes_itself=True,
             does="all weights, with moments of projected gradients",
             uses=frozenset({"r", "refresh", "galore_scale"}),
             put=_all_weights,

@@ -21,17 +21,6 @@ from minilora.train.judging import Rules
 from minilora.train.methods import METHODS, Settings, refuse_unused
 
 STATE_BITS = {"adamw": 32, "adamw-8bit": 8}
-NEAREST = dict(
-    adalora="lora",
-    pissa="lora",
-    olora="lora",
-    loftq="qlora",
-    ia3="dora",
-    houlsby="dora",
-    prefix="lora",
-    prompt="lora",
-    galore="full",
-)
 EVAL_EVERY = 50  # steps, where --eval-every does not say
 MOST_DROPPED_TOLD = 20
 
@@ -111,10 +100,6 @@ def settings_of(args: argparse.Namespace, tokenizer: Tokenizer) -> Settings:
     }
     asked = {name: value for name, value in given.items() if value is not None}
     refuse_unused(args.method, asked)
-    if args.method == "prefix" and args.checkpointing:
-        raise ValueError("prefix tuning has no gradients through a layer that is computed again: no --checkpointing")
-    if method.optimizes_itself and args.optimizer != "adamw":
-        raise ValueError(f"{args.method} is an optimizer of its own: leave --optimizer out")
     return Settings(**{"r": method.r} | asked, seed=args.seed)
 
 
@@ -217,8 +202,10 @@ def check_memory(
     rows = -(-min(args.batch, len(samples)) // world)
     targets = targets_of(args)
     setup = Setup(
-        method=NEAREST.get(args.method, args.method),
-        r=settings.r,
+        method=args.method,
+        r=settings.first_r if args.method == "adalora" else settings.r,
+        bottleneck=settings.bottleneck,
+        n_virtual=settings.n_virtual,
         targets=targets if isinstance(targets, str) else tuple(targets),
         dtype=dtype_of(args),
         optimizer=args.optimizer,
