@@ -31,11 +31,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import methods_report
+from methods_report import by_seed
+
 HERE = Path(__file__).parent
-RESULTS = HERE / "methods.json"
+RESULTS, COSTS = HERE / "methods.json", HERE / "methods_cost.json"
 STEPS, BATCH, N_VALIDATION, N_TEST = 32, 8, 64, 100
 SEEDS = (0, 1, 2)
-RANKS = (1, 2, 4, 8, 16, 32, 64)
+RANKS, USUAL_R = (1, 2, 4, 8, 16, 32, 64), 16
 
 Cell = tuple[str, float, int]  # the case, its rate and its seed
 
@@ -56,7 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "prompt": ("prompt", {}, 6e-2),
     "galore": ("galore", {"r": 128, "refresh": 8}, 2e-3),
 }  # name: the method, its settings where they are not the usual, and the first guess of its rate
-CASES |= {f"lora r={r}": ("lora", {"r": r}, 2e-3) for r in RANKS}
+METHODS = list(CASES)
+CASES |= {f"lora r={r}": ("lora", {"r": r}, 2e-3) for r in RANKS if r != USUAL_R}
 
 
 def main() -> None:
@@ -67,6 +71,21 @@ def main() -> None:
         return
     if not options.report:
         fill(options)
+    report(read_cells())
+
+
+def report(cells: dict[Cell, dict[str, Any]]) -> None:
+    """Print the table, and draw the figures, of what is there with all its seeds."""
+    tuned = [case for case in METHODS if not next_rates(cells, case)]
+    rates = {case: best_rate(cells, case) for case in tuned}
+    rows = {case: (lr, found) for case, lr in rates.items() if (found := by_seed(cells, case, lr, SEEDS))}
+    if rows:
+        print(methods_report.table(rows, json.loads(COSTS.read_text())["costs"] if COSTS.exists() else {}))
+        (HERE / "methods.png").write_bytes(methods_report.draw(rows))
+    found = {r: by_seed(cells, case_of(r), rates["lora"], SEEDS) for r in RANKS} if "lora" in rates else {}
+    if found and all(found.values()):
+        losses = {r: [cell["validation_loss"] for cell in its or []] for r, its in found.items()}
+        (HERE / "methods_ranks.png").write_bytes(methods_report.draw_ranks(losses))
 
 
 def fill(options: argparse.Namespace) -> None:
@@ -90,7 +109,7 @@ def fill(options: argparse.Namespace) -> None:
 
 def missing(cells: dict[Cell, dict[str, Any]], only: list[str]) -> Iterator[Cell]:
     """The cells to run next, the most urgent first: every method's rate, then the seeds, then the ranks."""
-    methods = [case for case in CASES if case in only and not case.startswith("lora r=")]
+    methods = [case for case in METHODS if case in only]
     found = {case: next_rates(cells, case) for case in methods}
     tried = Counter(case for case, _, seed in cells if seed == 0)
     yield from ((case, lr, 0) for case in sorted(methods, key=lambda case: tried[case]) for lr in found[case][:1])
@@ -100,7 +119,12 @@ def missing(cells: dict[Cell, dict[str, Any]], only: list[str]) -> Iterator[Cell
                 yield case, best_rate(cells, case), seed
     if "lora" in only and not found["lora"]:
         lr = best_rate(cells, "lora")
-        yield from ((f"lora r={r}", lr, s) for s in SEEDS for r in RANKS if (f"lora r={r}", lr, s) not in cells)
+        yield from ((case_of(r), lr, seed) for seed in SEEDS for r in RANKS if (case_of(r), lr, seed) not in cells)
+
+
+def case_of(r: int) -> str:
+    """LoRA with this rank; with the usual one it is the method's own row."""
+    return "lora" if r == USUAL_R else f"lora r={r}"
 
 
 def next_rates(cells: dict[Cell, dict[str, Any]], case: str) -> list[float]:

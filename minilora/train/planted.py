@@ -142,7 +142,7 @@ def hunt(
 def elbow(losses: Mapping[int, Sequence[float]]) -> int:
     """The smallest rank that is as good as the best, as far as the seeds can tell.
 
-        band   the widest range of losses that seeds alone make at one rank
+        band   how far apart seeds alone put the losses of one rank: largest less least, the mean of all ranks
         elbow  the smallest r with  mean loss(r) ≤ least mean loss + band
 
     Raises:
@@ -153,6 +153,6 @@ def elbow(losses: Mapping[int, Sequence[float]]) -> int:
     """
     if not losses or min(map(len, losses.values())) < 2:
         raise ValueError("an elbow is told from noise by seeds: give every rank the losses of two or more")
-    band = max(max(found) - min(found) for found in losses.values())
+    band = sum(max(found) - min(found) for found in losses.values()) / len(losses)
     means = {r: sum(found) / len(found) for r, found in losses.items()}
     return min(r for r, mean in means.items() if mean <= min(means.values()) + band)

@@ -42,8 +42,8 @@ def test_the_loss_is_zero_where_student_and_teacher_agree_and_the_kl_elsewhere()
 
 
 def test_the_elbow_is_the_smallest_rank_within_the_noise_of_the_best():
-    assert elbow({1: [0.9, 1.0], 2: [0.52, 0.5], 4: [0.1, 0.09], 8: [0.0, 0.01]}) == 4  # the band is 0.1
-    assert elbow({1: [0.9, 0.91], 2: [0.52, 0.5], 4: [0.1, 0.09], 8: [0.0, 0.01]}) == 8  # and here 0.02
+    assert elbow({1: [0.9, 1.1], 2: [0.52, 0.4], 4: [0.06, 0.05], 8: [0.0, 0.01]}) == 4  # the band is 0.34 / 4
+    assert elbow({1: [0.9, 0.91], 2: [0.52, 0.5], 4: [0.06, 0.05], 8: [0.0, 0.01]}) == 8  # and here 0.05 / 4
     assert elbow({2: [0.0, 0.0], 1: [0.0, 0.0]}) == 1
     with pytest.raises(ValueError, match="two or more"):
         elbow({1: [0.9], 2: [0.5, 0.4]})
