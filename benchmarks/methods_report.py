@@ -71,7 +71,12 @@ def draw(rows: Mapping[str, tuple[float, list[Mapping[str, Any]]]]) -> bytes:
             bars = [[y - min(shares)], [max(shares) - y]]
             colour, marker = plots.COLOURS[n % len(plots.COLOURS)], plots.MARKERS[n % len(plots.MARKERS)]
             axes.errorbar([x], [y], yerr=bars, marker=marker, color=colour, capsize=3)
-            axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points")
+        for n, name in enumerate(
+            sorted(points, key=lambda name: points[name][1])
+        ):  # half of them train as many numbers
+            line = {"arrowstyle": "-", "color": plots.GREY, "linewidth": 0.4}
+            where = (1.05, (n + 0.5) / len(points))
+            axes.annotate(name, points[name], where, textcoords="axes fraction", va="center", arrowprops=line)
         best = [points[name] for name in frontier(points)]
         axes.plot(*zip(*best, strict=True), linestyle=":", color=plots.GREY, zorder=0)
         axes.set_xscale("log")
