@@ -17,6 +17,7 @@ from minilora.llm.sizes import (
     base_params,
     ia3_vectors,
     lora_params,
+    prefix_params,
     width_bytes,
 )
 from minilora.llm.training_memory import training_bytes
@@ -147,17 +148,12 @@ def _rows(arch: Architecture, setup: Setup) -> list[tuple[str, str, int, int]]:
     """What is trained, part by part: a name, a shape, how many of them, and the numbers in all of them."""
     layers, h, n = arch.n_layers, arch.hidden, setup.n_virtual
     if setup.is_low_rank:
-        more = {"dora": lambda linear: linear.out_features, "adalora": lambda linear: setup.r}.get(setup.method)
-        kinds = Counter(match_targets(arch, setup.targets).values())
-        return [
-            (
-                linear.name,
-                f"{linear.in_features:>7,} → {linear.out_features:<7,}",
-                copies,
-                copies * (linear.lora_params(setup.r) + (more(linear) if more else 0)),
-            )
-            for linear, copies in kinds.items()
-        ]
+        rows = []
+        for linear, copies in Counter(match_targets(arch, setup.targets).values()).items():
+            more = {"dora": linear.out_features, "adalora": setup.r}.get(setup.method, 0)
+            shape = f"{linear.in_features:>7,} → {linear.out_features:<7,}"
+            rows.append((linear.name, shape, copies, copies * (linear.lora_params(setup.r) + more)))
+        return rows
     if setup.method == "ia3":
         return [(name, f"{size:>7,}", layers, layers * size) for name, size in ia3_vectors(arch).items()]
     trained = trained_params(arch, setup)
@@ -175,6 +171,8 @@ def _rows(arch: Architecture, setup: Setup) -> list[tuple[str, str, int, int]]:
 
 def _file_bytes(arch: Architecture, setup: Setup, dtype: str) -> tuple[int, int | None]:
     """The bytes of an adapter's tensors in a file, and of its head where we know the names in it."""
+    if setup.method == "prefix":  # without the network that made it
+        return prefix_params(arch, setup.n_virtual) * width_bytes(dtype), None
     if not setup.is_low_rank or setup.method == "adalora":
         return trained_params(arch, setup) * width_bytes(dtype), None
     of = arch, setup.run_r, setup.targets, dtype, setup.method == "dora"
@@ -185,8 +183,8 @@ def _file_lines(arch: Architecture, setup: Setup) -> list[str]:
     lines = [
         {
             "adalora": "Adapter file, before any rank is taken away",
-            "pissa": "Adapter file: a LoRA of rank 2r, right over the base as it is",
-            "olora": "Adapter file: a LoRA of rank 2r, right over the base as it is",
+            "pissa": f"Adapter file: a LoRA of rank {setup.run_r}, right over the base as it is",
+            "olora": f"Adapter file: a LoRA of rank {setup.run_r}, right over the base as it is",
         }.get(setup.method, "Adapter file")
     ]
     for dtype in ("fp32", "bf16"):

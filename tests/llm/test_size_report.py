@@ -102,6 +102,13 @@ def test_a_file_that_begins_elsewhere_is_a_lora_of_twice_the_rank(method, capsys
     assert numbers["adapter_bytes"] == {"fp32": 2 * 159_907_840, "bf16": 2 * 79_953_920}
 
 
+def test_a_prefix_made_by_a_network_is_written_without_it(capsys):
+    """PEFT's prefix_projection=True trains 1,090,867,200 numbers for Llama-2-7B, 20 tokens and 4,096 hidden units."""
+    text = printed(capsys, "llama-2-7b --method prefix --n-virtual 20 --mlp-features 4096")
+    assert re.search(r"trainable +1,090,867,200 ", text)
+    assert f"{4 * 5_242_880:,} bytes" in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
