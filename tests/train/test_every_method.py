@@ -15,6 +15,7 @@ from minilora.torch_lora.inject import adapter_layers
 from minilora.train import finetune
 from minilora.train.adapted import load_adapted
 from minilora.train.methods import METHODS, Settings, put_new
+from minilora.train_options import METHODS_HELP
 
 SMALL = {
     "adalora": ["-r", "2", "--start-r", "4"],
@@ -139,7 +140,7 @@ def test_what_would_do_nothing_is_refused(words, message, base, data, tmp_path, 
 
 
 def test_help_tells_of_every_method_with_its_own_words_and_rate():
-    told = {line.split()[0]: line for line in cli.METHODS_HELP.splitlines()[1:]}
+    told = {line.split()[0]: line for line in METHODS_HELP.splitlines()[1:]}
     assert list(told) == list(METHODS)
     for name, method in METHODS.items():
         assert method.does in told[name]
