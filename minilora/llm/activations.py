@@ -125,5 +125,5 @@ def logit_terms(arch: Architecture, setup: Setup) -> dict[str, int]:
     n = min(setup.n_tokens, LOSS_CHUNK_TOKENS) * arch.vocab
     terms = {f"logits in {setup.dtype}": n * setup.width_bytes}
     if setup.trains_all:
-        terms["gradient of the head in fp32"] = arch.vocab * arch.hidden * 4
+        terms["gradient of the head in fp32, and scaled"] = 2 * arch.vocab * arch.hidden * 4
     return terms

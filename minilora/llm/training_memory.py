@@ -42,7 +42,8 @@ class TrainingBytes:
 def training_bytes(arch: Architecture, setup: Setup) -> TrainingBytes:
     """Add up the memory of one training step.
 
-    Gradients fill while activations empty, so the true peak of a large model lies a little below this sum.
+    This is the peak where a batch goes through in parts: then the gradients are there while activations fill. In one
+    part gradients fill while activations empty, and where all weights train the peak lies below the sum.
 
     Raises:
         ValueError: if a target hits nothing, or the sequence is longer than the model's positions.

@@ -67,11 +67,10 @@ def test_size_predicts_the_bytes_of_a_training_step_within_a_tenth(method, check
     learning = TRAINED[method].learning(settings)(model, recipe, 100)
     tokens = torch.randint(0, 49152, (4, 256))
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-        for _ in range(2):
+        for _ in range(2):  # gradients stay, as from one part of a batch to the next
             loss = loss_of(model, Batch(tokens, tokens))
             (loss + learning.penalty() if learning.penalty else loss).backward()
             learning.optimizer.step()
-            learning.optimizer.zero_grad()
             del loss
 
     r = settings.first_r if method == "adalora" else settings.r
