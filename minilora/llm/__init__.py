@@ -5,6 +5,7 @@
     tokenizer   text ↔ ids                                chat         somebody else's chat template, run safely
     smollm2     the model that comes with minilora        read_gguf    llama.cpp's files, read
     sizes       parameters and bytes, without weights     write_gguf   models and adapters for llama.cpp, written
+    setup       what each method trains, and training_memory, activations: what a step takes; all without weights
 
 Read config, model and generation first; everything else brings them weights and words.
 """
