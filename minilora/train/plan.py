@@ -206,6 +206,7 @@ def check_memory(
         r=settings.first_r if args.method == "adalora" else settings.r,
         bottleneck=settings.bottleneck,
         n_virtual=settings.n_virtual,
+        mlp_features=settings.mlp_features,
         targets=targets if isinstance(targets, str) else tuple(targets),
         dtype=dtype_of(args),
         optimizer=args.optimizer,
