@@ -174,8 +174,9 @@ def one_cell(case: str, lr: float, seed: int) -> dict[str, Any]:
         valid_json,
     )
     from minilora.train.finetune import Recipe, fine_tune
-    from minilora.train.methods import METHODS, Settings, put_new
+    from minilora.train.methods import METHODS, put_new
     from minilora.train.orders import make_orders
+    from minilora.train.settings import Settings
 
     name, settings, _ = CASES[case]
     wide = METHODS[name].save is None  # all weights train

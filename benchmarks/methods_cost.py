@@ -74,8 +74,9 @@ def measure(case: str, steps: int) -> dict[str, float]:
     from minilora.torch_lora.inject import adapter_layers
     from minilora.torch_lora.merging import merge_model
     from minilora.train.finetune import Recipe, fine_tune
-    from minilora.train.methods import METHODS, Settings, put_new
+    from minilora.train.methods import METHODS, put_new
     from minilora.train.orders import make_orders
+    from minilora.train.settings import Settings
 
     name, given, lr = methods.CASES[case]
     settings, wide = Settings(**given), METHODS[name].save is None

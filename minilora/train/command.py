@@ -38,8 +38,9 @@ from minilora.train.data import make_batches
 from minilora.train.evaluate import GENERAL_TOKENS, english_tokens
 from minilora.train.finetune import Together, fine_tune
 from minilora.train.judging import Judges
-from minilora.train.methods import METHODS, Settings, put_new
+from minilora.train.methods import METHODS, put_new
 from minilora.train.plan import Plan, dtype_of, planned
+from minilora.train.settings import Settings
 from minilora.train.templates import MODEL, TEMPLATE_FILE, with_template
 from minilora.train.trainer import CTRL_C, Training
 

@@ -18,7 +18,8 @@ from minilora.train.finetune import Recipe
 from minilora.train.fits import GIB, bytes_needed, check_fits
 from minilora.train.jsonl import read_samples, refuse_longer
 from minilora.train.judging import Rules
-from minilora.train.methods import METHODS, Settings, refuse_unused
+from minilora.train.methods import METHODS, refuse_unused
+from minilora.train.settings import Settings
 
 STATE_BITS = {"adamw": 32, "adamw-8bit": 8}
 EVAL_EVERY = 50  # steps, where --eval-every does not say

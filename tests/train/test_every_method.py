@@ -14,7 +14,8 @@ from minilora.methods import AdaLoRALinear, HoulsbyLinear, PrefixTuning, PromptT
 from minilora.torch_lora.inject import adapter_layers
 from minilora.train import finetune
 from minilora.train.adapted import load_adapted
-from minilora.train.methods import METHODS, Settings, put_new
+from minilora.train.methods import METHODS, put_new
+from minilora.train.settings import Settings
 from minilora.train_options import METHODS_HELP
 
 SMALL = {
