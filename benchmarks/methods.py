@@ -59,7 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "prompt": ("prompt", {}, 6e-2),
     "galore": ("galore", {"r": 128, "refresh": 8}, 2e-3),
 }  # name: the method, its settings where they are not the usual, and the first guess of its rate
-METHODS = list(CASES)
+COMPARED = list(CASES)
 CASES |= {f"lora r={r}": ("lora", {"r": r}, 2e-3) for r in RANKS if r != USUAL_R}
 
 
@@ -76,7 +76,7 @@ def main() -> None:
 
 def report(cells: dict[Cell, dict[str, Any]]) -> None:
     """Print the table, and draw the figures, of what is there with all its seeds."""
-    tuned = [case for case in METHODS if not next_rates(cells, case)]
+    tuned = [case for case in COMPARED if not next_rates(cells, case)]
     rates = {case: best_rate(cells, case) for case in tuned}
     rows = {case: (lr, found) for case, lr in rates.items() if (found := by_seed(cells, case, lr, SEEDS))}
     if rows:
@@ -109,7 +109,7 @@ def fill(options: argparse.Namespace) -> None:
 
 def missing(cells: dict[Cell, dict[str, Any]], only: list[str]) -> Iterator[Cell]:
     """The cells to run next, the most urgent first: every method's rate, then the seeds, then the ranks."""
-    methods = [case for case in METHODS if case in only]
+    methods = [case for case in COMPARED if case in only]
     found = {case: next_rates(cells, case) for case in methods}
     tried = Counter(case for case, _, seed in cells if seed == 0)
     yield from ((case, lr, 0) for case in sorted(methods, key=lambda case: tried[case]) for lr in found[case][:1])
@@ -129,22 +129,32 @@ def case_of(r: int) -> str:
 
 def next_rates(cells: dict[Cell, dict[str, Any]], case: str) -> list[float]:
     """The rates to try next; none where the best one has a worse one on either side."""
-    first = CASES[case][2]
-    tried = {lr: cells[case, lr, 0]["validation_loss"] for name, lr, seed in cells if (name, seed) == (case, 0)}
+    tried = losses_by_power(cells, case)
     if not tried:
-        return [first]
-    best = min(tried, key=lambda lr: tried[lr])
-    return [lr for lr in (rounded(best * 3), rounded(best / 3)) if lr not in tried]
+        return [rate(case, 0)]
+    best = min(tried, key=lambda power: tried[power])
+    wanted = [best + 1, best - 1] if math.isfinite(tried[best]) else [min(tried) - 1]
+    return [rate(case, power) for power in wanted if power not in tried]
 
 
 def best_rate(cells: dict[Cell, dict[str, Any]], case: str) -> float:
-    tried = {lr: cells[case, lr, 0]["validation_loss"] for name, lr, seed in cells if (name, seed) == (case, 0)}
-    return min(tried, key=lambda lr: tried[lr])
+    tried = losses_by_power(cells, case)
+    return rate(case, min(tried, key=lambda power: tried[power]))
 
 
-def rounded(lr: float) -> float:
-    """Two digits: so that three times a third of a rate is that rate."""
-    return float(f"{lr:.1e}")
+def losses_by_power(cells: dict[Cell, dict[str, Any]], case: str) -> dict[int, float]:
+    """What each tried rate of a case gave with seed 0, by how often it was multiplied by 3; infinity: it broke off."""
+    powers = {rate(case, power): power for power in range(-9, 10)}
+    return {
+        powers[lr]: found.get("validation_loss", math.inf)
+        for (name, lr, seed), found in cells.items()
+        if (name, seed) == (case, 0)
+    }
+
+
+def rate(case: str, power: int) -> float:
+    """The first guess times so many threes, to two digits."""
+    return float(f"{CASES[case][2] * 3.0**power:.1e}")
 
 
 def in_a_process(cell: Cell, threads: int) -> dict[str, Any]:
@@ -157,7 +167,7 @@ def in_a_process(cell: Cell, threads: int) -> dict[str, Any]:
 
 
 def one_cell(case: str, lr: float, seed: int) -> dict[str, Any]:
-    """Train once, and judge. A training that breaks off has no losses but infinite ones."""
+    """Train once, and judge; of a training that breaks off only that is known."""
     import torch
 
     from minilora.classroom.demo import encode
@@ -198,7 +208,7 @@ def one_cell(case: str, lr: float, seed: int) -> dict[str, Any]:
             learning=METHODS[name].learning(asked),
         )
     except FloatingPointError as error:
-        return found | {"validation_loss": math.inf, "broke_off": str(error)}
+        return found | {"broke_off": str(error)}
     seconds = time.perf_counter() - start
     held_out = make_batches([encode(tokenizer, order) for order in data.validation], BATCH, tokenizer.pad, seed=0)
     prompts = [tokenizer.encode_chat(order.messages) for order in data.test]

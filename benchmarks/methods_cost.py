@@ -35,10 +35,10 @@ def main() -> None:
     facts = about("torch")
     rounds = []
     for _ in range(options.rounds):
-        rounds.append({case: in_a_process(case, options) for case in methods.METHODS})
+        rounds.append({case: in_a_process(case, options) for case in methods.COMPARED})
         for case, found in rounds[-1].items():
             print(f"{case:<10}" + "  ".join(f"{what} {value:.2f}" for what, value in found.items()), flush=True)
-    costs = {case: ratios(rounds, case) for case in methods.METHODS}
+    costs = {case: ratios(rounds, case) for case in methods.COMPARED}
     methods.COSTS.write_text(json.dumps({"machine": facts, "costs": costs, "rounds": rounds}, indent=1) + "\n")
 
 
@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--case", choices=methods.METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=methods.COMPARED, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

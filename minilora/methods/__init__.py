@@ -18,7 +18,9 @@ from minilora.methods.inits import (
     pissa_layer,
 )
 from minilora.methods.loraplus import loraplus_groups
+from minilora.methods.peft_adalora import load_adalora, save_adalora
 from minilora.methods.peft_ia3 import load_ia3, save_ia3
+from minilora.methods.peft_prompt import load_prompt, save_prompt
 from minilora.methods.prompt import PrefixTuning, PromptTuning
 
 __all__ = [
@@ -42,14 +44,18 @@ __all__ = [
     "adalora_layer",
     "dora_layer",
     "inject_ia3",
+    "load_adalora",
     "load_houlsby",
     "load_ia3",
+    "load_prompt",
     "loraplus_groups",
     "olora_layer",
     "orthogonality",
     "pissa_layer",
     "rank_report",
+    "save_adalora",
     "save_houlsby",
     "save_ia3",
+    "save_prompt",
     "to_lora",
 ]

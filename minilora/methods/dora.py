@@ -79,8 +79,10 @@ class DoRALinear(LoRALinear):
     def lengths(self, dtype: torch.dtype) -> Float[Tensor, "out"]:
         """‖V‖, the length of every row of W + scaling · B A, without a gradient; A Wᵀ is computed in `dtype`."""
         A, B = self.A, self.scaling * self.B
-        AW = self.base(A.to(dtype)).to(A.dtype)  # (r, out)
-        AW = AW if self.base.bias is None else AW - self.base.bias
+        if self.base.bias is None:
+            AW = self.base(A.to(dtype)).to(A.dtype)  # (r, out)
+        else:  # a bias that came off again would have taken digits along
+            AW = F.linear(A.to(dtype), self._rows(dense_weight(self.base, dtype))).to(A.dtype)
         squares = self.squares + 2 * (B * AW.T).sum(1) + (B @ (A @ A.T) * B).sum(1)
         return squares.clamp_min(0).sqrt().clamp_min(TINY)
 

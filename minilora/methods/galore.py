@@ -107,7 +107,7 @@ class GaLoreAdamW(Optimizer):
     def _refuse(self, group: dict[str, Any], p: Tensor, gradient: Tensor) -> None:
         if gradient.is_sparse:
             raise ValueError("a gradient is sparse: GaLore projects whole ones, choose sparse=False in the embedding")
-        wanted = projected_r(p, group["r"]) and is_due(self.state[p], group["refresh"])
+        wanted = projected_r(p, group["r"]) and is_due(self.state.get(p, {}), group["refresh"])
         if wanted and not torch.isfinite(gradient).all():
             raise ValueError(f"a gradient of shape {tuple(p.shape)} holds NaN or infinite values, and has no SVD")
 
@@ -232,6 +232,11 @@ def state_shapes(p: Tensor, r: int | None) -> dict[str, tuple[int, ...]]:
     return {"P": P, "M": R, "V": R}
 
 
+def is_count(value: object) -> bool:
+    """Whether it is a whole number of 1 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def check_settings(group: dict[str, Any]) -> None:
     """
     Raises:
@@ -240,8 +245,8 @@ def check_settings(group: dict[str, Any]) -> None:
     betas = group["betas"]
     ranges = {
         "lr": group["lr"] >= 0,
-        "r": group["r"] is None or group["r"] >= 1,
-        "refresh": group["refresh"] >= 1,
+        "r": group["r"] is None or is_count(group["r"]),
+        "refresh": is_count(group["refresh"]),
         "scale": group["scale"] > 0,
         "betas": len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
         "eps": group["eps"] > 0,

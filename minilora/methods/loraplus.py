@@ -12,6 +12,7 @@ trains A and B can be trained so.
 Read before this file: torch_lora/layers.
 """
 
+import math
 from typing import Any
 
 from torch import nn
@@ -33,9 +34,10 @@ def loraplus_groups(
     Raises:
         ValueError: if nothing trains, the ratio is below 1, or a rate is not positive.
     """
-    if not (lr > 0 and embedding_lr > 0 and ratio >= 1):
+    if not (0 < lr < math.inf and 0 < embedding_lr < math.inf and 1 <= ratio < math.inf and weight_decay >= 0):
         raise ValueError(
-            f"lr is {lr}, embedding_lr {embedding_lr} and ratio {ratio}: rates are above 0, a ratio 1 or more"
+            f"lr is {lr}, embedding_lr {embedding_lr}, ratio {ratio} and weight_decay {weight_decay}: "
+            "rates are above 0, a ratio 1 or more, a decay 0 or more"
         )
     layers = adapter_layers(model).values()
     of_adapters = {p: name for layer in layers for name, p in layer.adapter_tensors().items()}

@@ -25,9 +25,7 @@ from minilora.llm.config import ModelConfig
 from minilora.llm.load import FLOATS, load_model, model_folder
 from minilora.llm.model import Decoder
 from minilora.llm.tokenizer import Tokenizer, read_json
-from minilora.methods import dora_layer, load_houlsby, load_ia3
-from minilora.methods.peft_adalora import load_adalora
-from minilora.methods.peft_prompt import load_prompt
+from minilora.methods import dora_layer, load_adalora, load_houlsby, load_ia3, load_prompt
 from minilora.qlora.linear import DEFAULT_FORM, kept_as
 from minilora.torch_lora import load_adapter, lora_layer
 from minilora.torch_lora.inject import adapter_layers

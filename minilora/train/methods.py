@@ -1,15 +1,15 @@
 """Every method by its name: how it is put on a model, what takes its steps, and how it is written.
 
-    METHODS["ia3"].put(model, Settings())         the model has it, and only what is its own trains
+    put_new(model, "ia3", Settings())             the model has it, and only what is its own trains
     METHODS["ia3"].learning(Settings())           what fine_tune takes as `learning`
     METHODS["ia3"].save(model, folder)            None where all weights train: then the model is what is written
 
-A method looks at some of the settings; `refuse_unused` names those that were given and would do nothing.
+A method looks at some of the settings, those in `uses`.
 
 Read before: methods, train/settings, train/finetune.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -34,11 +34,11 @@ from minilora.methods import (
     orthogonality,
     pissa_layer,
     rank_report,
+    save_adalora,
     save_houlsby,
     save_ia3,
+    save_prompt,
 )
-from minilora.methods.peft_adalora import save_adalora
-from minilora.methods.peft_prompt import save_prompt
 from minilora.qlora import PagedAdamW
 from minilora.qlora.linear import DEFAULT_FORM, kept_as
 from minilora.torch_lora import inject, lora_layer, save_adapter
@@ -54,7 +54,7 @@ class Method:
 
     does: str
     uses: frozenset[str]  # settings that it looks at, besides the seed
-    put: Callable[[Decoder, Settings], None]
+    put: Callable[[Decoder, Settings], None]  # drawn from torch's own generator: put_new seeds it
     learning: Callable[[Settings], Callable[[nn.Module, Recipe, int], Learning]] = lambda settings: by_adamw
     save: Callable[..., None] | None = save_adapter
     report: Callable[[nn.Module], str] = lambda model: ""  # of what it found, in lines
@@ -72,17 +72,6 @@ def put_new(model: Decoder, name: str, settings: Settings) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         METHODS[name].put(model, settings)
-
-
-def refuse_unused(name: str, given: Collection[str]) -> None:
-    """
-    Raises:
-        ValueError: if a setting was given that does nothing for this method.
-    """
-    if unused := [setting for setting in given if setting not in METHODS[name].uses]:
-        users = {setting: [other for other, method in METHODS.items() if setting in method.uses] for setting in unused}
-        told = "; ".join(f"{setting} is for {', '.join(names)}" for setting, names in users.items())
-        raise ValueError(f"{name} does nothing with {', '.join(unused)}: {told}")
 
 
 # --- how each is put on a model -----------------------------------------------------------------------------------
@@ -180,16 +169,12 @@ def _projected(s: Settings) -> Callable[[nn.Module, Recipe, int], Learning]:
             {"params": [p for p in trained if p in linear]},
             {"params": [p for p in trained if p not in linear], "r": None},
         ]
-        return Learning(
-            optimizer=GaLoreAdamW(
-                groups,
-                lr=recipe.lr,
-                r=s.r,
-                refresh=s.refresh,
-                scale=s.galore_scale,
-                weight_decay=recipe.weight_decay,
-            )
+        optimizer = GaLoreAdamW(
+            groups, lr=recipe.lr, r=s.r, refresh=s.refresh, scale=s.galore_scale, weight_decay=recipe.weight_decay
         )
+        if not optimizer.report().n_projected:
+            raise ValueError(f"r is {s.r}, and no matrix has both sides above it: GaLore would be AdamW, choose less")
+        return Learning(optimizer=optimizer)
 
     return begin
 

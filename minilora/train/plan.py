@@ -4,7 +4,7 @@ Read before: train/jsonl, train/fits, train/finetune.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,16 @@ from minilora.train.finetune import Recipe
 from minilora.train.fits import GIB, bytes_needed, check_fits
 from minilora.train.jsonl import read_samples, refuse_longer
 from minilora.train.judging import Rules
-from minilora.train.methods import METHODS, refuse_unused
+from minilora.train.methods import METHODS
 from minilora.train.settings import Settings
 
 STATE_BITS = {"adamw": 32, "adamw-8bit": 8}
+FLAGS = {
+    "r": "--r", "alpha": "--alpha", "dropout": "--dropout", "use_rslora": "--rslora", "targets": "--targets",
+    "loraplus_ratio": "--loraplus-ratio", "start_r": "--start-r", "bottleneck": "--bottleneck", "words": "--words",
+    "n_virtual": "--virtual-tokens", "mlp_features": "--prefix-mlp", "refresh": "--refresh",
+    "galore_scale": "--galore-scale",
+}  # fmt: skip
 EVAL_EVERY = 50  # steps, where --eval-every does not say
 MOST_DROPPED_TOLD = 20
 
@@ -50,7 +56,10 @@ def planned(args: argparse.Namespace, free_bytes: int, world: int = 1) -> Plan:
     tokenizer, most = load_tokenizer(folder), longest_text(folder)
     settings = settings_of(args, tokenizer)
     refuse_together(args, world)
-    samples, held_out = samples_of(args, tokenizer, most)
+    virtual = settings.n_virtual if "n_virtual" in METHODS[args.method].uses else 0
+    if virtual >= most:
+        raise ValueError(f"{virtual:,} virtual tokens leave no room for text: the model was made for {most:,}")
+    samples, held_out = samples_of(args, tokenizer, most - virtual)
     check_memory(args, settings, folder, samples, free_bytes, world)
     assert tokenizer.pad is not None  # read_samples asks for an eos, which stands in
     return Plan(samples, held_out, recipe, settings, rules, tokenizer.pad)
@@ -79,10 +88,11 @@ def settings_of(args: argparse.Namespace, tokenizer: Tokenizer) -> Settings:
     Raises:
         ValueError: if one is impossible, or would do nothing for this method.
     """
-    method, words = METHODS[args.method], tokenizer.encode(args.words) if args.words else ()
-    if words and args.virtual_tokens is not None and args.virtual_tokens != len(words):
+    method = METHODS[args.method]
+    words = None if args.words is None else tokenizer.encode(args.words)
+    if words is not None and (not words or args.virtual_tokens not in (None, len(words))):
         raise ValueError(
-            f"--words are {len(words)} tokens, and --virtual-tokens says {args.virtual_tokens}: leave the number out"
+            f"--words are {len(words)} tokens, each a virtual one: give some, and leave --virtual-tokens out"
         )
     given = {
         "r": args.r,
@@ -93,15 +103,29 @@ def settings_of(args: argparse.Namespace, tokenizer: Tokenizer) -> Settings:
         "loraplus_ratio": args.loraplus_ratio,
         "start_r": args.start_r,
         "bottleneck": args.bottleneck,
-        "n_virtual": len(words) or args.virtual_tokens,
-        "words": words or None,
+        "n_virtual": args.virtual_tokens if words is None else len(words),
+        "words": words,
         "mlp_features": args.prefix_mlp,
         "refresh": args.refresh,
         "galore_scale": args.galore_scale,
     }
     asked = {name: value for name, value in given.items() if value is not None}
     refuse_unused(args.method, asked)
+    if method.save is None and args.dtype == "bf16":
+        raise ValueError(f"{args.method} trains all weights, in bf16 it would lose small steps: leave --dtype out")
     return Settings(**{"r": method.r} | asked, seed=args.seed)
+
+
+def refuse_unused(name: str, given: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: if a setting was given that does nothing for this method.
+    """
+    unused = [setting for setting in given if setting not in METHODS[name].uses]
+    if unused:
+        users = [", ".join(n for n, method in METHODS.items() if setting in method.uses) for setting in unused]
+        told = "; ".join(f"{FLAGS[setting]} is for {names}" for setting, names in zip(unused, users, strict=True))
+        raise ValueError(f"--method {name} does nothing with {', '.join(FLAGS[setting] for setting in unused)}: {told}")
 
 
 def refuse_together(args: argparse.Namespace, world: int) -> None:

@@ -27,6 +27,7 @@ from minilora.methods import RankAllocator, RankSchedule, adalora_layer, orthogo
 from minilora.torch_lora import LoRALinear, inject
 from minilora.torch_lora.inject import ALL_LINEAR
 from minilora.train.data import Batch
+from minilora.train.methods import GAMMA
 from minilora.train.trainer import train, warmup_then_decay
 
 CONFIG = ModelConfig(vocab_size=64, hidden_size=48, intermediate_size=96, n_layers=2, n_heads=4, n_kv_heads=2)
@@ -35,7 +36,6 @@ SIZE = 0.5  # ‖ΔW‖ / ‖W‖ of a planted layer
 TEXT, BATCH = 16, 16  # tokens of a text, texts of a step
 UNSEEN = 32  # texts that the loss is measured on
 LR = 0.03
-GAMMA = 0.5  # of the penalty, as in AdaLoRA's own code
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 Read before: torch_lora/config.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,11 +36,25 @@ class Settings:
 
     def __post_init__(self) -> None:
         LoRAConfig(r=self.r, alpha=self.scale, dropout=self.dropout, use_rslora=self.use_rslora)  # which raises
-        whole = ("start_r", "bottleneck", "n_virtual", "mlp_features", "refresh")
-        odd = [name for name in whole if getattr(self, name) is not None and getattr(self, name) < 1]
-        problems = [f"{name} is {getattr(self, name)}: choose 1 or more" for name in odd]
-        if self.start_r is not None and self.start_r < self.r:
-            problems.append(f"start_r is {self.start_r}, below r, {self.r}: AdaLoRA begins with more than it keeps")
+        n_words, ratio = len(self.words), self.loraplus_ratio
+        rules = {
+            "start_r": (
+                self.start_r is None or _is_count(self.start_r, self.r),
+                f"a whole number from r, {self.r}, on",
+            ),
+            "bottleneck": (_is_count(self.bottleneck), "a whole number of 1 or more"),
+            "n_virtual": (_is_count(self.n_virtual), "a whole number of 1 or more"),
+            "mlp_features": (self.mlp_features is None or _is_count(self.mlp_features), "a whole number of 1 or more"),
+            "refresh": (_is_count(self.refresh), "a whole number of 1 or more"),
+            "loraplus_ratio": (ratio is None or 1 <= ratio < math.inf, "1 or more"),
+            "galore_scale": (0 < self.galore_scale < math.inf, "a number above 0"),
+            "words": (n_words in (0, self.n_virtual), f"n_virtual tokens, {self.n_virtual}, or none"),
+        }
+        problems = [
+            f"{name} is {getattr(self, name)}: choose {what}" for name, (fits, what) in rules.items() if not fits
+        ]
+        if self.words and self.mlp_features is not None:
+            problems.append("words and mlp_features exclude each other: an MLP cannot begin as words")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -52,3 +67,7 @@ class Settings:
     def first_r(self) -> int:
         """AdaLoRA's rank at the start."""
         return -(-3 * self.r // 2) if self.start_r is None else self.start_r
+
+
+def _is_count(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

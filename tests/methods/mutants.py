@@ -38,7 +38,7 @@ MUTANTS = [
     Mutant("the norm is that of W alone", "dora.py", "self.squares + 2 * (B * AW.T).sum(1)", "self.squares + 0 * (B * AW.T).sum(1)"),
     Mutant("the norm leaves the square of the update out", "dora.py", " + (B @ (A @ A.T) * B).sum(1)", ""),
     Mutant("the norm forgets the scaling", "dora.py", "A, B = self.A, self.scaling * self.B", "A, B = self.A, self.B"),
-    Mutant("the norm takes the bias for a part of W", "dora.py", "AW if self.base.bias is None else AW - self.base.bias", "AW"),
+    Mutant("the norm takes the bias for a part of W", "dora.py", "if self.base.bias is None:", "if True:"),
     Mutant("the norm has a gradient", "dora.py", "    @torch.no_grad()\n    def lengths", "    def lengths"),
     Mutant("the bias is scaled", "dora.py", "y += ((1 - g) * bias).to(h.dtype)", "pass"),
     Mutant("m has no gradient", "dora.py", "torch.where(g == 0, 0, dg / g), None", "torch.zeros_like(g), None"),

@@ -201,3 +201,16 @@ def test_it_trains_one_number_an_output_more_than_lora():
         for kind in (LoRALinear, DoRALinear)
     }
     assert counts[DoRALinear] == counts[LoRALinear] + 8
+
+
+def test_a_large_bias_takes_no_digits_of_the_lengths():
+    torch.manual_seed(0)
+    base = nn.Linear(64, 32).to(torch.bfloat16)
+    with torch.no_grad():
+        base.bias.fill_(100.0)
+    layer = DoRALinear(base, r=4, alpha=8)
+    with torch.no_grad():
+        layer.B.normal_()
+    V = base.weight.double() + layer.scaling * layer.B.double() @ layer.A.double()
+    error = (layer.lengths(torch.bfloat16).double() / V.norm(dim=1) - 1).abs().max()
+    assert error < 2**-8  # of bfloat16's 8 bits, in which A Wᵀ is computed; with the bias in the sum it is 0.012

@@ -331,3 +331,18 @@ def test_a_closure_is_called_and_a_parameter_without_gradient_rests():
     first = optimizer.step(closure)
     assert optimizer.step(closure) < first
     assert torch.equal(rests, before)
+
+
+def test_a_refused_step_leaves_no_trace():
+    W = torch.nn.Parameter(torch.ones(8, 12))
+    optimizer = GaLoreAdamW([W], r=2)
+    W.grad = torch.full_like(W, torch.nan)
+    with pytest.raises(ValueError, match="has no SVD"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())  # as it was
+
+
+@pytest.mark.parametrize("settings", [{"r": 2.5}, {"r": True}, {"refresh": 1.5}])
+def test_counts_are_whole_numbers(settings):
+    with pytest.raises(ValueError, match="whole numbers of 1 or more"):
+        GaLoreAdamW([{"params": [torch.nn.Parameter(torch.ones(8, 12))], **settings}])

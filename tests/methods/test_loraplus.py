@@ -76,7 +76,7 @@ def test_five_steps_are_those_of_pefts_optimizer(use_dora):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.0}, "lr is 0.0, embedding_lr 1e-06 and ratio 16.0: rates are above 0"),
+        ({"lr": 0.0}, "lr is 0.0, embedding_lr 1e-06, ratio 16.0 and weight_decay 0.0: rates are above 0"),
         ({"lr": 0.1, "ratio": 0.5}, "ratio 0.5"),
         ({"lr": 0.1}, "nothing in this model trains"),
     ],

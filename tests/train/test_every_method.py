@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from tiny_run import write_base, write_data
 
 from minilora import cli
-from minilora.methods import AdaLoRALinear, HoulsbyLinear, PrefixTuning, PromptTuning
+from minilora.methods import AdaLoRALinear, HoulsbyLinear, PrefixTuning, PromptTuning, RankSchedule, orthogonality
 from minilora.torch_lora.inject import adapter_layers
 from minilora.train import finetune
 from minilora.train.adapted import load_adapted
-from minilora.train.methods import METHODS, put_new
+from minilora.train.finetune import Recipe
+from minilora.train.methods import GAMMA, METHODS, put_new
 from minilora.train.settings import Settings
 from minilora.train_options import METHODS_HELP
 
@@ -56,7 +57,7 @@ def test_it_trains_and_its_folder_opens(name, base, data, tmp_path, capsys):
     told = capsys.readouterr().out
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 18
-    assert min(losses[-6:]) < max(losses[:6])
+    assert sum(losses[-6:]) < sum(losses[:6]) - 1e-4  # the same 12 samples, after two epochs between
     opens = ["--base", out / "model"] if METHODS[name].save is None else ["--base", base, "--adapter", out]
     assert ("model    " in told) == (METHODS[name].save is None)
     if METHODS[name].save is None:
@@ -69,8 +70,11 @@ def test_it_trains_and_its_folder_opens(name, base, data, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["adalora", "olora", "ia3", "houlsby", "prefix", "prompt"])
 def test_it_is_merged_or_refused_in_one_line_with_a_way_out(name, base, data, tmp_path, capsys):
     out = tmp_path / "out"
-    assert run(*words_for(name, base, data, out)) == 0
-    for words in (["merge", "--out", tmp_path / "merged"], ["export", "--out", tmp_path / "model.gguf"]):
+    assert run(*words_for(name, base, data, out), "--lr", "0.1", "--epochs", "3") == 0
+    for words in (
+        ["merge", "--out", tmp_path / "merged", "--dtype", "fp32"],
+        ["export", "--out", tmp_path / "model.gguf"],
+    ):
         capsys.readouterr()
         code = run(*words, "--base", base, "--adapter", out)
         assert code == (2 if name in UNMERGEABLE else 0)
@@ -78,11 +82,12 @@ def test_it_is_merged_or_refused_in_one_line_with_a_way_out(name, base, data, tm
             assert re.fullmatch(r"minilora: .*(cannot be merged|cannot merge).*\n", capsys.readouterr().err)
     if name not in UNMERGEABLE:
         tokens = torch.arange(16)[None]
-        live, merged = (
-            load_adapted(*where, torch.float32)[0](tokens) for where in ((base, out), (tmp_path / "merged", None))
+        live, merged, plain = (
+            load_adapted(*where, torch.float32)[0](tokens)
+            for where in ((base, out), (tmp_path / "merged", None), (base, None))
         )
-        # of bfloat16's 8 bits every weight has lost up to 2⁻⁹ of itself; logits of this model are below 4
-        torch.testing.assert_close(live, merged, rtol=0, atol=0.05)
+        torch.testing.assert_close(live, merged, rtol=1e-4, atol=1e-4)  # float32, summed in another order
+        assert (live - plain).abs().max() > 0.01  # nor is that so because nothing was learnt
 
 
 @pytest.mark.parametrize("name", ["adalora", "ia3", "houlsby", "prefix", "prompt", "galore", "full", "pissa"])
@@ -103,7 +108,6 @@ def test_a_stopped_training_ends_with_the_same_bits(name, base, data, tmp_path, 
     assert run("resume", stopped) == 0
     file = "adapter_model.safetensors" if METHODS[name].save else "model/model.safetensors"
     assert (once / file).read_bytes() == (stopped / file).read_bytes()
-    assert not torch.equal(*(next(iter(load_file(p / file).values())) for p in (once, once))) or True
 
 
 def test_options_arrive(base, data, tmp_path, capsys):
@@ -125,19 +129,63 @@ def test_options_arrive(base, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--method ia3 --r 8", "ia3 does nothing with r: r is for lora, "),
-        ("--method lora --bottleneck 8", "bottleneck is for houlsby"),
-        ("--method prompt --words Hi --virtual-tokens 9", "--words are 1 tokens, and --virtual-tokens says 9"),
+        ("--method ia3 --r 8", "--method ia3 does nothing with --r: --r is for lora, "),
+        ("--method lora --virtual-tokens 8", "--virtual-tokens is for prefix, prompt"),
+        ("--method lora --words=", "--words are 0 tokens"),
+        ("--method prompt --words Hi --virtual-tokens 9", "--words are 1 tokens, .* leave --virtual-tokens out"),
+        ("--method prefix --words Hi --prefix-mlp 8", "words and mlp_features exclude each other"),
+        ("--method prefix --virtual-tokens 512", "512 virtual tokens leave no room for text"),
+        ("--method prefix --virtual-tokens 509", "the model was made for 3"),
+        ("--method lora --loraplus-ratio 0.5", "loraplus_ratio is 0.5: choose 1 or more"),
+        ("--method galore --galore-scale nan", "galore_scale is nan: choose a number above 0"),
         ("--method prefix --checkpointing", "leave checkpointing out"),
-        ("--method full --dtype bf16", r"load the model in float32 \(--dtype fp32\)"),
+        ("--method full --dtype bf16", "full trains all weights, in bf16 it would lose small steps"),
         ("--method galore --optimizer adamw-8bit", "galore is an AdamW of its own"),
-        ("--method adalora --r 8 --start-r 4", "start_r is 4, below r, 8"),
-        ("--method houlsby --bottleneck 0", "bottleneck is 0: choose 1 or more"),
+        ("--method adalora --r 8 --start-r 4", "start_r is 4: choose a whole number from r, 8, on"),
+        ("--method houlsby --bottleneck 0", "bottleneck is 0: choose a whole number of 1 or more"),
     ],
 )
 def test_what_would_do_nothing_is_refused(words, message, base, data, tmp_path, capsys):
     assert run("train", "--base", base, "--data", data, "--out", tmp_path / "out", *words.split()) == 2
     assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def learning_of(name, model, **settings):
+    asked = Settings(**settings)
+    put_new(model, name, asked)
+    return METHODS[name].learning(asked)(model, Recipe(lr=0.01, batch_size=2, weight_decay=0.5), 20)
+
+
+def test_what_takes_the_steps_is_what_was_asked_for(base):
+    def model():
+        return load_adapted(base, None, torch.float32)[0]
+
+    galore = learning_of("galore", model(), r=4, refresh=7, galore_scale=0.5).optimizer
+    of_matrices, of_others = galore.param_groups
+    assert (of_matrices["r"], of_others["r"]) == (4, None)
+    assert all(
+        (g["refresh"], g["scale"], g["weight_decay"], g["lr"]) == (7, 0.5, 0.5, 0.01) for g in galore.param_groups
+    )
+    assert len(of_matrices["params"]) == 14 and all(p.ndim == 2 for p in of_matrices["params"])
+    assert any(p.shape == (49152, 16) for p in of_others["params"])  # embeddings and head
+    with pytest.raises(ValueError, match="r is 24, and no matrix has both sides above it"):
+        learning_of("galore", model(), r=24)
+
+    adapted = model()
+    adalora = learning_of("adalora", adapted, r=2, start_r=6, alpha=3.0)
+    layer = next(iter(adapter_layers(adapted).values()))
+    assert (layer.r, layer.scaling) == (6, 0.5)
+    assert adalora.beside.schedule == RankSchedule(target_r=2, n_steps=20, t_init=2, t_final=6)
+    torch.testing.assert_close(adalora.penalty(), GAMMA * orthogonality(adapted))
+    for p in adapted.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    adalora.optimizer.step()
+    assert adalora.beside.done == 1
+
+    prefixed = model()
+    learning_of("prefix", prefixed, n_virtual=3, mlp_features=5)
+    assert next(iter(adapter_layers(prefixed).values())).mlp[0].out_features == 5
 
 
 def test_help_tells_of_every_method_with_its_own_words_and_rate():
@@ -150,13 +198,13 @@ def test_help_tells_of_every_method_with_its_own_words_and_rate():
 
 def test_a_new_one_is_the_same_for_the_same_seed_and_leaves_torchs_numbers_alone(base):
     for name in METHODS:
-        torch.manual_seed(5)
         models = [load_adapted(base, None, torch.float32)[0] for _ in range(3)]
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
         for model, seed in zip(models, (1, 1, 2), strict=True):
             put_new(model, name, Settings(r=2, n_virtual=3, bottleneck=3, seed=seed))
+        assert torch.equal(torch.get_rng_state(), before), name
         tensors = [[p.detach().clone() for p in model.parameters() if p.requires_grad] for model in models]
         assert all(torch.equal(a, b) for a, b in zip(*tensors[:2], strict=True)), name
         drawn = name in ("lora", "dora", "qlora", "adalora", "houlsby", "prefix", "prompt")
         assert any(not torch.equal(a, b) for a, b in zip(*tensors[1:], strict=True)) == drawn, name
-        torch.manual_seed(5)
-        assert torch.initial_seed() == 5
