@@ -53,9 +53,18 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
     add("--pack", type=int, metavar="TOKENS", help="several samples in a row of so many tokens; --batch counts rows")
     add("--accumulate", type=int, default=1, metavar="N", help="take a batch in N parts, in their memory (default 1)")
     add("--dtype", choices=("bf16", "fp32"), help="of the weights (default bf16; fp32 where all of them train)")
-    add("--optimizer", choices=("adamw", "adamw-8bit"), default="adamw", help="moments' bits (default adamw: 32)")
+    add(
+        "--optimizer",
+        choices=("adamw", "adamw-8bit"),
+        default="adamw",
+        help="its moments in 32 bits (default), or in 8",
+    )
     add("--checkpointing", action="store_true", help="keep the input of each layer, compute the layer again")
-    add("--parallel", choices=("ddp", "fsdp"), help="under torchrun: whole weights in each process, or sharded (ddp)")
+    add(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        help="under torchrun: whole weights in each process (default), or sharded",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the order and the adapter's start (default %(default)s)")
     add("--save-every", type=int, default=50, metavar="N", help="steps from checkpoint to checkpoint (default 50)")
 

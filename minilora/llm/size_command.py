@@ -18,6 +18,7 @@ USED_BY = {  # options that some methods alone have a use for
     "mlp_features": ("prefix",),
     "master_weights": ("full",),
 }
+SPELLED = {"master_weights": "no-master-weights", "n_virtual": "virtual-tokens", "mlp_features": "prefix-mlp"}
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +45,16 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
         help="houlsby: numbers in the middle of an adapter (default %(default)s)",
     )  # fmt: skip
     add(
-        "--n-virtual", type=int, default=USUAL.n_virtual, metavar="TOKENS",
+        "--virtual-tokens", dest="n_virtual", type=int, default=USUAL.n_virtual, metavar="TOKENS",
         help="prefix, prompt: learned tokens before the text (default %(default)s)",
     )  # fmt: skip
-    add("--mlp-features", type=int, metavar="N", help="prefix: width of a network that makes it (default: none)")
+    add(
+        "--prefix-mlp",
+        dest="mlp_features",
+        type=int,
+        metavar="N",
+        help="prefix: width of a network that makes it (default: none)",
+    )
     add("--dtype", choices=DTYPE_BYTES, default=USUAL.dtype, help="of the weights (default %(default)s)")
     add("--optimizer", choices=OPTIMIZERS, default=USUAL.optimizer, help="(default %(default)s; galore is one itself)")
     add("--batch", type=int, default=USUAL.batch, metavar="N", help="sequences (default %(default)s)")
@@ -109,5 +116,5 @@ def _refuse_useless(setups: list[Setup]) -> None:
     asked = [setup.method for setup in setups]
     for setting, methods in USED_BY.items():
         if getattr(setups[0], setting) != getattr(USUAL, setting) and not set(asked) & set(methods):
-            option = {"master_weights": "no-master-weights"}.get(setting, setting.replace("_", "-"))
+            option = SPELLED.get(setting, setting)
             raise ValueError(f"--{option} does nothing for {', '.join(asked)}: it is an option of {', '.join(methods)}")

@@ -6,8 +6,9 @@
     triplet   a column of P, its value in Λ and its row of Q: one of r; where the value is zero it does nothing
 
         W′ = W + scaling · P Λ Q                                      [AdaLoRA] eq. 3
-        R  = ‖PᵀP − I‖² + ‖QQᵀ − I‖²                                  [AdaLoRA] eq. 4, added to the loss
+        R  = ‖PᵀP − I‖² + ‖QQᵀ − I‖²                                  [AdaLoRA] eq. 4, added to the loss, times γ
 
+The authors' code and PEFT add the mean of the distances instead of the sum of their squares: orthogonality() has both.
 Every layer begins with more triplets than there shall be in the end; methods/adalora_budget decides while training
 which of them lose their value. What is left is a plain LoRA of another rank in every layer (to_lora). The scaling is
 LoRA's ([AdaLoRA] section 4), alpha / r with the r of the start; the authors' code and PEFT have alpha / (r + 0.00001).

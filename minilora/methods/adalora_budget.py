@@ -1,6 +1,8 @@
 """AdaLoRA's budget: which triplets of all layers are worth their rank, and how many may stay.
 
     w, g    a number of P, Λ or Q, and its gradient         b(t)   triplets left after step t: b_0 at first, then b_T
+    β₁, β₂  how much of the past stays                      T      steps, of which the first t_init and the last t_final
+                                                                   prune nothing
 
         I  = |w · g|                                              its sensitivity: what the loss would lose     eq. 8
         Ī ← β₁ Ī + (1 − β₁) I      Ū ← β₂ Ū + (1 − β₂) |I − Ī|    smoothed, and how uncertain that is       eq. 9, 10
@@ -8,8 +10,8 @@
         Λ_k ← 0   unless S_k is among the b(t) largest of all layers                                            eq. 6
         b(t) = ⌊b_T + (b_0 − b_T) (1 − (t − t_init) / (T − t_final − t_init))³⌋                            appendix A
 
-The numbers are [AdaLoRA]'s. A value that was set to zero still has a gradient and may come back, until the budget
-is reached; then the choice is final. As in the authors' code, w is what the optimizer's step has made of it.
+The equations' numbers are [AdaLoRA]'s. A value that was set to zero still has a gradient and may come back, until the
+budget is reached; then the choice is final. As in the authors' code, w is what the optimizer's step has made of it.
 
 Read before this file: adalora.
 """

@@ -1,14 +1,14 @@
 """DoRA: the length of each row of the weight, and its direction, learn apart from each other.
 
     V       = W + scaling · B A                            the direction, not yet of length 1; W stays frozen
-    ‖V‖     (out,)   the length of each of its rows: of what one output is computed with
+    ‖V‖     (out,)   the length of each of its rows; a row is what makes one output
     m       (out,)   the magnitude, trainable; at the start ‖W‖
 
         W′ = m ⊙ V / ‖V‖                                   [DoRA] eq. 5
         h  = g ⊙ (x Wᵀ + scaling · (x Aᵀ) Bᵀ) + bias       with  g = m / ‖V‖
 
-‖V‖ takes part in the forward as a number, not as a function of A and B ([DoRA] section 4.3), so that the backward is
-LoRA's with g ⊙ dy in the place of dy. B A is never formed for it: row o of V has the squared length
+‖V‖ is detached: A and B get no gradient through it ([DoRA] section 4.3), so that the backward is LoRA's with g ⊙ dy in
+the place of dy. B A is never formed for it: row o of V has the squared length
 
         ‖V_o‖² = ‖W_o‖² + 2 scaling · B_o · (A W_oᵀ) + scaling² · B_o (A Aᵀ) B_oᵀ
 
@@ -37,7 +37,8 @@ TINY = torch.finfo(torch.float32).tiny  # of a row of zeros, in the place of its
 class DoRALinear(LoRALinear):
     """DoRA over a linear layer, or over one in 4 bits (QDoRA).
 
-        h = g ⊙ (x Wᵀ + scaling · (dropout(x) Aᵀ) Bᵀ) + bias,  g = m / ‖W + scaling · B A‖        [DoRA] eq. 5
+        h = g ⊙ (x Wᵀ + scaling · (x Aᵀ) Bᵀ) + bias,  g = m / ‖W + scaling · B A‖        [DoRA] eq. 5
+        h = base(x) + (g − 1) ⊙ (d Wᵀ) + g ⊙ (scaling · (d Aᵀ) Bᵀ),  d = dropout(x)      in training, with dropout
 
     A new layer changes nothing, bit for bit: B is zero, so ‖V‖ is the very number that m begins with. A row of zeros
     stays one.

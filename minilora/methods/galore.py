@@ -3,9 +3,10 @@
     G       gradient of a matrix               (rows, columns)
     P       its r leading singular vectors     (r, columns) where rows ≥ columns, else (rows, r)
     R       the projected gradient             (rows, r), or (r, columns)
-    M, V    Adam's moments, of R: as small     of R's shape
+    M, V    Adam's moments, of R: as small     of R's shape; M̂ and V̂ are corrected for their start at zero
+    scale   of the projected steps beside those of what is not projected
 
-        every `refresh` steps   P = the first r rows of Vᵀ, or columns of U, of G = U S Vᵀ       [GaLore] algorithm 2
+        every `refresh` steps   P = the r leading rows, or columns, of G's singular vectors      [GaLore] algorithm 2
         R = G Pᵀ      N = M̂ / (√V̂ + eps)      W ← W − lr · scale · N P                           where rows ≥ columns
         R = Pᵀ G                              W ← W − lr · scale · P N                           elsewhere
 

@@ -10,9 +10,9 @@ h is what attention's output projection gives, and what the feed-forward's last 
 added: an adapter stands over each of the two. It has 2md + d + m parameters. Because of f no weight has its effect, so
 it cannot be merged, and costs time when the model answers.
 
-[Houlsby] begins near the identity, with W_down and W_up both from N(0, 10⁻²), truncated at two standard deviations (the
-authors' code: 10⁻³); here W_up = 0 makes it the identity, bit for bit. f is the authors' own, GELU by tanh. Where the
-model has dropout, the adapter stands before it, theirs after it. They train the layer norms as well: so does
+[Houlsby] begins near the identity, W_down and W_up both normal of standard deviation 10⁻², truncated at two of them
+(the authors' code: 10⁻³); here W_up = 0 makes it the identity, bit for bit. f is the authors' own, GELU by tanh. Where
+the model has dropout, the adapter stands before it, theirs after it. They train the layer norms as well: so does
 torch_lora's train_modules(model, ["input_layernorm", "post_attention_layernorm"]).
 
 Read before this file: torch_lora/layers.

@@ -1,6 +1,7 @@
 """IA³: a vector of numbers near one amplifies or inhibits each number that a layer gives, or that it reads.
 
-    l    (out,) or (in,), trainable, float32; ones at the start                    ⊙    element by element
+    l          (out,) or (in,), trainable, float32; ones at the start              ⊙    element by element
+    Q, K, V    queries, keys and values, of d numbers        W₁, W₂, γ    the feed-forward's layers, its nonlinearity
 
         softmax(Q (l_k ⊙ K)ᵀ / √d) (l_v ⊙ V)       attention: what the keys' and values' layers give
         (l_ff ⊙ γ(W₁ x)) W₂                        feed-forward: what its last layer reads        [IA3] section 3.3

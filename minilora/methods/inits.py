@@ -1,9 +1,10 @@
-"""LoRA that begins elsewhere than at zero: PiSSA and OLoRA in the weight's own directions, LoftQ at what 4 bits lost.
+"""LoRA whose A and B begin elsewhere: PiSSA and OLoRA in the weight's own directions, LoftQ at what 4 bits lost.
 
     A0, B0      what A and B begin at, made of W; copies of them stay, frozen
     W           (out, in) = U diag(σ) Vᵀ, σ falling;  or = Q R, the columns of Q orthonormal
+    U_r, V_r    the first r columns of U and of V, and Σ_r = diag(σ₁ … σ_r)
 
-        PiSSA   A0 = √(σ_r / scaling) V_rᵀ      B0 = U_r √(σ_r / scaling)            [PiSSA] section 3
+        PiSSA   A0 = √(Σ_r / scaling) V_rᵀ      B0 = U_r √(Σ_r / scaling)            [PiSSA] section 3
         OLoRA   A0 = R[:r]                      B0 = Q[:, :r]                        [OLoRA]
         h = x (W − scaling · B0 A0)ᵀ + scaling · (x Aᵀ) Bᵀ                           both
 
@@ -89,7 +90,7 @@ class ShiftedLinear(LoRALinear):
 class PiSSALinear(ShiftedLinear):
     """PiSSA: A and B begin as the r largest singular values of W with their vectors, and so learn along these.
 
-        A0 = √(σ_r / scaling) V_rᵀ,  B0 = U_r √(σ_r / scaling)            [PiSSA] section 3
+        A0 = √(Σ_r / scaling) V_rᵀ,  B0 = U_r √(Σ_r / scaling)            [PiSSA] section 3
 
     scaling · B0 A0 is the best copy of W of rank r. Over a base in 4 bits it is that of the base's floats, and the base
     stays: QPiSSA, which quantizes W less that copy, would need a W that is gone. LoftQLinear is made from it.
@@ -133,7 +134,7 @@ olora_layer = partial(wrap_in, (OLoRALinear, OLoRAConv1D))  # the `wrap` of inje
 
 
 class LoftQBase(NF4Linear):
-    """The base under LoftQ, in 4 bits: what A and B leave of W after the last step but one.
+    """The base under LoftQ, in 4 bits: Q_t = quantize(W − scaling · B_{t−1} A_{t−1}) of the last step t.
 
         errors      ‖W − Q_1‖ / ‖W‖, which is NF4's alone, and ‖W − (Q_t + scaling · B_t A_t)‖ / ‖W‖ of every step t
 
@@ -174,7 +175,7 @@ def LoftQLinear(
     """Wrap a linear layer in LoRA over 4 bits that begins near W: A and B hold the best of what rounding took.
 
         Q_t = quantize(W − scaling · B_{t−1} A_{t−1})                                 [LoftQ] algorithm 1
-        A_t = √(σ_r / scaling) V_rᵀ,  B_t = U_r √(σ_r / scaling),  of W − Q_t         where B_0 A_0 = 0
+        A_t = √(Σ_r / scaling) V_rᵀ,  B_t = U_r √(Σ_r / scaling),  of W − Q_t         where B_0 A_0 = 0
 
     The layer is a LoRALinear over Q of the last step, and layer.base.errors says how far from W it began. The first
     step never makes it worse than Q_1 alone. The scaling is taken out of A and B, which PEFT forgets.
@@ -211,7 +212,7 @@ def principal(
 ) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
     """Give A and B with scaling · B A the best copy of W of rank r, evenly parted between them.
 
-    A = √(σ_r / scaling) V_rᵀ,  B = U_r √(σ_r / scaling)            numpy_lora/rank has it, with scaling 1
+    A = √(Σ_r / scaling) V_rᵀ,  B = U_r √(Σ_r / scaling)            numpy_lora/rank has it, with scaling 1
     """
     U, sigma, Vt = torch.linalg.svd(W, full_matrices=False)
     root = (sigma[:r] / scaling).sqrt()

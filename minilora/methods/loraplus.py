@@ -1,6 +1,7 @@
 """LoRA+: B learns faster than A, by a fixed ratio; nothing else changes.
 
     η_A, η_B    the learning rates of A and B             ratio    η_B / η_A
+    G_A, G_B    what the optimizer makes of their gradients
 
         A ← A − η_A · G_A        B ← B − η_A · ratio · G_B        [LoRAPlus] eq. 2 and section 3.2
 

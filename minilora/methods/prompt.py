@@ -188,7 +188,7 @@ class PrefixTuning(VirtualTokens):
         return self.base(tokens, positions=positions, mask=mask, cache=cache)
 
     def prefix(self) -> Float[Tensor, "n row"]:
-        """P, computed by the MLP where there is one."""
+        """P: the parameter itself, or what the MLP makes of it, which is P' then."""
         return self.P if self.mlp is None else self.mlp(self.P)
 
     def keys_and_values(self) -> Float[Tensor, "layers 2 kv_heads n head_dim"]:

@@ -104,7 +104,7 @@ def test_a_file_that_begins_elsewhere_is_a_lora_of_twice_the_rank(method, capsys
 
 def test_a_prefix_made_by_a_network_is_written_without_it(capsys):
     """PEFT's prefix_projection=True trains 1,090,867,200 numbers for Llama-2-7B, 20 tokens and 4,096 hidden units."""
-    text = printed(capsys, "llama-2-7b --method prefix --n-virtual 20 --mlp-features 4096")
+    text = printed(capsys, "llama-2-7b --method prefix --virtual-tokens 20 --prefix-mlp 4096")
     assert re.search(r"trainable +1,090,867,200 ", text)
     assert f"{4 * 5_242_880:,} bytes" in text
 
@@ -114,7 +114,10 @@ def test_a_prefix_made_by_a_network_is_written_without_it(capsys):
     [
         ("--method lora --bottleneck 8", "--bottleneck does nothing for lora: it is an option of houlsby"),
         ("--method ia3,houlsby -r 16", "--r does nothing for ia3, houlsby: it is an option of lora, dora, qlora"),
-        ("--method full --n-virtual 8", "--n-virtual does nothing for full: it is an option of prefix, prompt"),
+        (
+            "--method full --virtual-tokens 8",
+            "--virtual-tokens does nothing for full: it is an option of prefix, prompt",
+        ),
         ("--method prompt --targets c_attn", "--targets does nothing for prompt: it is an option of lora"),
         ("--method lora --no-master-weights", "--no-master-weights does nothing for lora: it is an option of full"),
         ("--method lora,lisa", "no method is named 'lisa'; there are full, lora, dora"),
