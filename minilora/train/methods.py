@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from minilora.llm.model import Decoder
 from minilora.methods import (
@@ -42,6 +43,7 @@ from minilora.methods import (
 from minilora.qlora import PagedAdamW
 from minilora.qlora.linear import DEFAULT_FORM, kept_as
 from minilora.torch_lora import inject, lora_layer, save_adapter
+from minilora.torch_lora.inject import match_targets
 from minilora.train.finetune import Learning, Recipe, by_adamw
 from minilora.train.settings import Settings
 
@@ -87,10 +89,16 @@ def _lora(model: Decoder, s: Settings, wrap: Callable[..., nn.Module], form: str
 
 
 def _begun_by_weights(model: Decoder, s: Settings, wrap: Callable[..., nn.Module]) -> None:
-    def layer(base: nn.Module) -> nn.Module:
-        return wrap(base, r=s.r, alpha=s.scale, dropout=s.dropout, use_rslora=s.use_rslora)
+    """A singular value decomposition or the like of every weight: seconds of a small model, minutes of a large one."""
+    n_layers = sum(len(names) for names in match_targets(model, s.targets).values())
+    with tqdm(total=n_layers, desc="directions of the weights", unit="layer", leave=False, disable=None) as bar:
 
-    inject(model, s.targets, layer)
+        def layer(base: nn.Module) -> nn.Module:
+            made = wrap(base, r=s.r, alpha=s.scale, dropout=s.dropout, use_rslora=s.use_rslora)
+            bar.update()
+            return made
+
+        inject(model, s.targets, layer)
 
 
 def _adalora(model: Decoder, s: Settings) -> None:
