@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import methods_report
-from methods_report import by_seed
 
 HERE = Path(__file__).parent
 RESULTS, COSTS = HERE / "methods.json", HERE / "methods_cost.json"
@@ -78,11 +77,15 @@ def report(cells: dict[Cell, dict[str, Any]]) -> None:
     """Print the table, and draw the figures, of what is there with all its seeds."""
     tuned = [case for case in COMPARED if not next_rates(cells, case)]
     rates = {case: best_rate(cells, case) for case in tuned}
-    rows = {case: (lr, found) for case, lr in rates.items() if (found := by_seed(cells, case, lr, SEEDS))}
+    rows = {
+        case: (lr, found) for case, lr in rates.items() if (found := methods_report.by_seed(cells, case, lr, SEEDS))
+    }
     if rows:
         print(methods_report.table(rows, json.loads(COSTS.read_text())["costs"] if COSTS.exists() else {}))
         (HERE / "methods.png").write_bytes(methods_report.draw(rows))
-    found = {r: by_seed(cells, case_of(r), rates["lora"], SEEDS) for r in RANKS} if "lora" in rates else {}
+    found = (
+        {r: methods_report.by_seed(cells, case_of(r), rates["lora"], SEEDS) for r in RANKS} if "lora" in rates else {}
+    )
     if found and all(found.values()):
         losses = {r: [cell["validation_loss"] for cell in its or []] for r, its in found.items()}
         (HERE / "methods_ranks.png").write_bytes(methods_report.draw_ranks(losses))

@@ -177,8 +177,8 @@ class _FrozenProduct(torch.autograd.Function):
         return fast.linear_backward(dy, ctx.layer.quantized), None
 
 
-def kept_as(form: str) -> Callable[[nn.Module], nn.Module]:
-    """The function that keeps a linear layer in the form that NF4Linear.stored_as names; other layers stay.
+def kept_as(form: str | None) -> Callable[[nn.Module], nn.Module]:
+    """The function that keeps a linear layer in the form that NF4Linear.stored_as names; others stay, for None all do.
 
     >>> kept_as("fp4, block_size=32")(nn.Linear(64, 64)).stored_as
     'fp4, block_size=32'
@@ -186,6 +186,8 @@ def kept_as(form: str) -> Callable[[nn.Module], nn.Module]:
     Raises:
         ValueError: if these are other words.
     """
+    if form is None:
+        return lambda base: base
     found = FORM.fullmatch(form)
     if found is None:
         raise ValueError(f"no base can be kept as {form[:60]!r}: known is what looks like {DEFAULT_FORM!r}")

@@ -137,7 +137,7 @@ def put_adapter(model: Decoder, adapter: str | Path, method: str | None = None) 
 
 def _put_lora(model: Decoder, adapter: str | Path, method: str | None) -> None:
     form, layer = form_under(adapter, method), dora_layer if use_dora(adapter) else lora_layer
-    keep = kept_as(form) if form else _as_it_is
+    keep = kept_as(form or None)
 
     def wrap(base: nn.Module, *, r: int, alpha: float, dropout: float, use_rslora: bool) -> nn.Module:
         return layer(keep(base), r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
@@ -165,7 +165,3 @@ def template_of(tokenizer: Tokenizer, adapter: str | Path | None, template: str)
     if template != MODEL or adapter is None:
         return with_template(tokenizer, template)
     return with_trained_template(tokenizer, adapter)
-
-
-def _as_it_is(base: nn.Module) -> nn.Module:
-    return base

@@ -80,7 +80,7 @@ def put_new(model: Decoder, name: str, settings: Settings) -> None:
 
 
 def _lora(model: Decoder, s: Settings, wrap: Callable[..., nn.Module], form: str | None = None) -> None:
-    keep, start = kept_as(form) if form else _as_it_is, torch.Generator().manual_seed(s.seed)
+    keep, start = kept_as(form), torch.Generator().manual_seed(s.seed)
 
     def layer(base: nn.Module) -> nn.Module:
         return wrap(keep(base), r=s.r, alpha=s.scale, dropout=s.dropout, use_rslora=s.use_rslora, generator=start)
@@ -133,10 +133,6 @@ def _all_weights(model: Decoder, s: Settings) -> None:
             "a weight is lost: load the model in float32 (--dtype fp32)"
         )
     model.requires_grad_(True)
-
-
-def _as_it_is(base: nn.Module) -> nn.Module:
-    return base
 
 
 # --- what takes their steps ---------------------------------------------------------------------------------------
