@@ -29,9 +29,14 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import methods_report
+
+if TYPE_CHECKING:
+    from minilora.llm import Decoder, Tokenizer
+    from minilora.train.orders import Orders
+    from minilora.train.settings import Settings
 
 HERE = Path(__file__).parent
 RESULTS, COSTS = HERE / "methods.json", HERE / "methods_cost.json"
@@ -55,7 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "houlsby": ("houlsby", {}, 2e-3),
     "ia3": ("ia3", {}, 2e-2),
     "prefix": ("prefix", {}, 2e-2),
-    "prompt": ("prompt", {}, 6e-2),
+    "prompt": ("prompt", {}, 2e-2),
     "galore": ("galore", {"r": 128, "refresh": 8}, 2e-3),
 }  # name: the method, its settings where they are not the usual, and the first guess of its rate
 COMPARED = list(CASES)
@@ -147,12 +152,12 @@ def best_rate(cells: dict[Cell, dict[str, Any]], case: str) -> float:
 
 def losses_by_power(cells: dict[Cell, dict[str, Any]], case: str) -> dict[int, float]:
     """What each tried rate of a case gave with seed 0, by how often it was multiplied by 3; infinity: it broke off."""
-    powers = {rate(case, power): power for power in range(-9, 10)}
-    return {
-        powers[lr]: found.get("validation_loss", math.inf)
-        for (name, lr, seed), found in cells.items()
-        if (name, seed) == (case, 0)
-    }
+    losses = {}
+    for power in range(-9, 10):
+        if found := cells.get((case, rate(case, power), 0)):
+            loss = found.get("validation_loss", math.inf)
+            losses[power] = loss if math.isfinite(loss) else math.inf
+    return losses
 
 
 def rate(case: str, power: int) -> float:
@@ -171,59 +176,67 @@ def in_a_process(cell: Cell, threads: int) -> dict[str, Any]:
 
 def one_cell(case: str, lr: float, seed: int) -> dict[str, Any]:
     """Train once, and judge; of a training that breaks off only that is known."""
-    import torch
-
     from minilora.classroom.demo import encode
-    from minilora.llm import load_model
     from minilora.torch_lora.inject import count_parameters
-    from minilora.train.data import make_batches
-    from minilora.train.evaluate import (
-        GENERAL_TOKENS,
-        english_loss,
-        english_tokens,
-        exact_match,
-        generate_answers,
-        mean_loss,
-        valid_json,
-    )
+    from minilora.train.evaluate import GENERAL_TOKENS, english_loss, english_tokens
     from minilora.train.finetune import Recipe, fine_tune
     from minilora.train.methods import METHODS, put_new
     from minilora.train.orders import make_orders
-    from minilora.train.settings import Settings
 
-    name, settings, _ = CASES[case]
-    wide = METHODS[name].save is None  # all weights train
-    model, tokenizer = load_model("smollm2-135m", dtype=torch.float32 if wide else torch.bfloat16)
+    model, tokenizer = base_for(case)
     assert tokenizer.pad is not None
     data = make_orders(seed, STEPS * BATCH, N_VALIDATION, N_TEST)
     text = english_tokens(tokenizer, GENERAL_TOKENS)
     before = english_loss(model, text)
-    asked = Settings(**settings, seed=seed)
-    put_new(model, name, asked)
-    start = time.perf_counter()
+    name, settings = CASES[case][0], settings_of(case, tokenizer, seed)
+    put_new(model, name, settings)
     found: dict[str, Any] = {"trainable": count_parameters(model).trainable}
+    samples, recipe = [encode(tokenizer, order) for order in data.train], Recipe(lr=lr, batch_size=BATCH, seed=seed)
+    start = time.perf_counter()
     try:
-        training = fine_tune(
-            model,
-            [encode(tokenizer, order) for order in data.train],
-            Recipe(lr=lr, batch_size=BATCH, seed=seed),
-            pad=tokenizer.pad,
-            learning=METHODS[name].learning(asked),
-        )
+        training = fine_tune(model, samples, recipe, pad=tokenizer.pad, learning=METHODS[name].learning(settings))
     except FloatingPointError as error:
         return found | {"broke_off": str(error)}
-    seconds = time.perf_counter() - start
-    held_out = make_batches([encode(tokenizer, order) for order in data.validation], BATCH, tokenizer.pad, seed=0)
+    found["train_s"] = round(time.perf_counter() - start, 1)  # beside whatever else ran: methods_cost.py measures time
+    found["train_losses"] = [round(step.loss, 4) for step in training.steps]
+    return found | judge(model, tokenizer, data) | {"forgotten": english_loss(model, text) - before}
+
+
+def base_for(case: str) -> "tuple[Decoder, Tokenizer]":
+    """SmolLM2 in bfloat16; in float32 where all weights train."""
+    import torch
+
+    from minilora.llm import load_model
+    from minilora.train.methods import METHODS
+
+    all_train = METHODS[CASES[case][0]].save is None
+    return load_model("smollm2-135m", dtype=torch.float32 if all_train else torch.bfloat16)
+
+
+def settings_of(case: str, tokenizer: "Tokenizer", seed: int) -> "Settings":
+    """What the case says; virtual tokens begin as the task's own instruction."""
+    from minilora.train.orders import INSTRUCTION
+    from minilora.train.settings import Settings
+
+    name, given, _ = CASES[case]
+    words = tokenizer.encode(INSTRUCTION) if name in ("prefix", "prompt") else []
+    return Settings(**given, **({"words": words, "n_virtual": len(words)} if words else {}), seed=seed)
+
+
+def judge(model: "Decoder", tokenizer: "Tokenizer", data: "Orders") -> dict[str, float]:
+    """The loss on what chooses the rate, and how many of the test's answers are right to the letter."""
+    from minilora.classroom.demo import encode
+    from minilora.train.data import make_batches
+    from minilora.train.evaluate import exact_match, generate_answers, mean_loss, valid_json
+
+    held_out = make_batches([encode(tokenizer, order) for order in data.validation], BATCH, tokenizer.pad or 0, seed=0)
     prompts = [tokenizer.encode_chat(order.messages) for order in data.test]
     longest = max(len(tokenizer.encode(order.answer)) for order in data.test) + 8
     answers = generate_answers(model, tokenizer, prompts, longest)
-    return found | {
+    return {
         "validation_loss": mean_loss(model, held_out),
         "exact": exact_match(answers, [order.answer for order in data.test]),
         "valid_json": valid_json(answers),
-        "forgotten": english_loss(model, text) - before,
-        "train_losses": [round(step.loss, 4) for step in training.steps],
-        "train_s": round(seconds, 1),  # beside whatever else ran: methods_cost.py measures time
     }
 
 
@@ -251,7 +264,9 @@ def line(cell: Cell, found: dict[str, Any]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="METHOD", default=list(CASES), help=f"of {', '.join(CASES)}")
+    parser.add_argument(
+        "--only", nargs="+", metavar="METHOD", choices=COMPARED, default=COMPARED, help=", ".join(COMPARED)
+    )
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each")
     parser.add_argument("--minutes", type=float, default=math.inf)

@@ -69,18 +69,16 @@ def measure(case: str, steps: int) -> dict[str, float]:
     from training_step import peak_gib
 
     from minilora.classroom.demo import encode
-    from minilora.llm import load_model
     from minilora.llm.generation import generate
     from minilora.torch_lora.inject import adapter_layers
     from minilora.torch_lora.merging import merge_model
     from minilora.train.finetune import Recipe, fine_tune
     from minilora.train.methods import METHODS, put_new
     from minilora.train.orders import make_orders
-    from minilora.train.settings import Settings
 
-    name, given, lr = methods.CASES[case]
-    settings, wide = Settings(**given), METHODS[name].save is None
-    model, tokenizer = load_model("smollm2-135m", dtype=torch.float32 if wide else torch.bfloat16)
+    name, _, lr = methods.CASES[case]
+    model, tokenizer = methods.base_for(case)
+    settings = methods.settings_of(case, tokenizer, seed=0)
     assert tokenizer.pad is not None
     data = make_orders(0, steps * methods.BATCH, 0, PROMPTS)
     prompts = [tokenizer.encode_chat(order.messages) for order in data.test]

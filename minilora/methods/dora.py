@@ -72,9 +72,10 @@ class DoRALinear(LoRALinear):
         if self.dropout == 0 or not self.training:
             return rescaled(super().forward(x), g, bias)
         dropped = F.dropout(x, self.dropout)
-        h, g = self.base(dropped), g.to(x.dtype)
-        h = h if bias is None else h - bias.to(x.dtype)
-        return self.base(x) + (g - 1) * h + g * bypass(dropped, self.A, self.B, self.scaling)
+        h = self.base(dropped)
+        h = h if bias is None else h - bias
+        y = self.base(x) + (g - 1) * h + g * bypass(dropped, self.A, self.B, self.scaling)
+        return y.to(x.dtype)
 
     @torch.no_grad()
     def lengths(self, dtype: torch.dtype) -> Float[Tensor, "out"]:
@@ -127,9 +128,10 @@ def rescaled(
 class _Rescaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
-        y = h * g.to(h.dtype)
+        y = h * g  # in g's float32: bfloat16 would take g for 1 until it is a part in 256 away
         if bias is not None:
-            y += ((1 - g) * bias).to(h.dtype)
+            y += (1 - g) * bias
+        y = y.to(h.dtype)
         ctx.save_for_backward(y, g, bias)
         return y
 
@@ -141,4 +143,4 @@ class _Rescaled(torch.autograd.Function):
         dg = (dy * y).sum(tokens, dtype=g.dtype)
         if bias is not None:
             dg -= bias * dy.sum(tokens, dtype=g.dtype)
-        return g.to(dy.dtype) * dy, torch.where(g == 0, 0, dg / g), None
+        return (g * dy).to(dy.dtype), torch.where(g == 0, 0, dg / g), None

@@ -22,7 +22,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.randn(nf))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight + self.bias
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])  # as transformers does
 
 
 BASES = {
@@ -214,3 +214,14 @@ def test_a_large_bias_takes_no_digits_of_the_lengths():
     V = base.weight.double() + layer.scaling * layer.B.double() @ layer.A.double()
     error = (layer.lengths(torch.bfloat16).double() / V.norm(dim=1) - 1).abs().max()
     assert error < 2**-8  # of bfloat16's 8 bits, in which A Wᵀ is computed; with the bias in the sum it is 0.012
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_length_of_a_part_in_300_more_is_not_rounded_away_in_bfloat16(dropout):
+    base = nn.Linear(64, 512, bias=False).to(torch.bfloat16)
+    layer, x = dora_layer(base, r=3, alpha=6, dropout=dropout), torch.randn(256, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.m.mul_(1.003)
+        before, after = base(x).double(), layer(x).double()
+    slope = float((before * after).sum() / before.square().sum())
+    assert slope == pytest.approx(1.003, abs=3e-4)  # 131,072 outputs, each rounded by a part in 512 at random
