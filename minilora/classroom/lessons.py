@@ -29,22 +29,22 @@ def lessons_folder() -> Path:
     )
 
 
-def lesson_module(lesson: str) -> ModuleType:
-    """The exercises.py of a lesson such as "03": its list `EXERCISES`, and what else the lesson keeps there.
+def lesson_module(lesson: str, kind: str = "exercises") -> ModuleType:
+    """The exercises.py of a lesson such as "03", or its claims.py: their lists, and what else the lesson keeps there.
 
     Raises:
         KeyError: if no such lesson has one (names those that do).
     """
-    files = sorted(lessons_folder().glob("[0-9][0-9]_*/exercises.py"))
+    files = sorted(lessons_folder().glob(f"[0-9][0-9]_*/{kind}.py"))
     for path in files:
         if path.parent.name.startswith(f"{lesson}_"):
             return _load(path)
-    raise KeyError(f"no lesson {lesson!r} has exercises; the lessons are {[path.parent.name for path in files]}")
+    raise KeyError(f"no lesson {lesson!r} has {kind}; the lessons are {[path.parent.name for path in files]}")
 
 
 @functools.cache
 def _load(path: Path) -> ModuleType:
-    name = f"minilora_lesson_{path.parent.name[:2]}"
+    name = f"minilora_lesson_{path.parent.name[:2]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
