@@ -15,6 +15,7 @@ who rewrites that check inside its own process can forge words that are the same
 "nothing found"; numbers that depend on the inputs have to be right.
 """
 
+import argparse
 import ast
 import dataclasses
 import functools
@@ -29,11 +30,12 @@ from typing import Any, Literal
 import numpy as np
 
 from minilora.classroom import sandboxed
-from minilora.classroom.exercises import VISIBLE_SEEDS, Case, Exercise, Property, Result, examine
+from minilora.classroom.exercises import VISIBLE_SEEDS, Case, Exercise, Property, Result, examine, find_exercise
 from minilora.classroom.lessons import lesson_module
 from minilora.classroom.sandbox import DEFAULT, DoesNotRun, Limits, Refused, Sandbox, Stopped
 from minilora.classroom.slices import Program
 from minilora.classroom.submission import asked_name, submission
+from minilora.files import write_whole
 
 Status = Literal["passed", "failed", "not started", "refused", "stopped"]
 
@@ -84,12 +86,27 @@ def code_cells(path: Path) -> list[str]:
     Raises:
         ValueError: if the file is not a notebook.
     """
+    cells = [cell for cell in read_notebook(path)["cells"] if cell["cell_type"] == "code"]
+    return ["".join(cell["source"]) for cell in cells]
+
+
+def read_notebook(path: Path) -> dict[str, Any]:
+    """A notebook's file, checked as far as it is used here.
+
+    Raises:
+        ValueError: if the file is not a notebook.
+    """
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        return ["".join(cell["source"]) for cell in cells]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a notebook in Jupyter's format 4: {type(error).__name__}: {error}") from error
+        is_notebook = isinstance(notebook.get("metadata", {}), dict) and all(
+            isinstance(cell["cell_type"], str) and isinstance("".join(cell["source"]), str)
+            for cell in notebook["cells"]
+        )
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        is_notebook = False
+    if not is_notebook:
+        raise ValueError(f"{path} is not a notebook in Jupyter's format 4: save it from Jupyter again")
+    return notebook
 
 
 def seeds_of(exercise_id: str, secret: str, count: int = len(VISIBLE_SEEDS)) -> tuple[int, ...]:
@@ -241,3 +258,62 @@ def is_plain(value: Any) -> bool:
         return False
     tree = sandboxed.encode(value)
     return not (isinstance(tree, dict) and tree["kind"] == "opaque")
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+def lesson_of(path: Path) -> str:
+    """The number of the lesson that a notebook was made from: its metadata say it, or its name begins with it.
+
+    Raises:
+        ValueError: if neither does.
+    """
+    notebook = read_notebook(path)
+    made_from = notebook.get("metadata", {}).get("minilora", {}).get("lesson", "")
+    for name in (made_from, path.name):
+        if re.match(r"[0-9][0-9](_|\.|$)", name):
+            return name[:2]
+    raise ValueError(f"{path} does not say which lesson it is: name it with --lesson, such as --lesson 03")
+
+
+def run(args: argparse.Namespace) -> int:
+    """What `minilora grade` does; 0 also where an exercise did not pass: a grade is not an error.
+
+    Raises:
+        ValueError: if the file is not a notebook, or there is no such lesson, or the secret is empty.
+    """
+    path = Path(args.notebook)
+    lesson = args.lesson or lesson_of(path)
+    if not args.seconds > 0:
+        raise ValueError(f"--seconds is {args.seconds:g}: it must be above 0")
+    secret = Path(args.secret_file).read_text(encoding="utf-8").strip() if args.secret_file else ""
+    if args.secret_file and not secret:
+        raise ValueError(f"{args.secret_file} is empty: write a long random line into it, and keep it to yourself")
+    try:
+        grades = grade_notebook(path, lesson, secret=secret, limits=dataclasses.replace(DEFAULT, seconds=args.seconds))
+    except KeyError as error:
+        raise ValueError(error.args[0]) from error
+    print(table(grades))
+    if args.json:
+        write_whole({Path(args.json): (as_json(path, lesson, grades) + "\n").encode()})
+    return 0
+
+
+def table(grades: list[Grade]) -> str:
+    """A line for each exercise and the sum, then the ladders of those that did not pass."""
+    titles = {each.exercise: find_exercise(each.exercise).title for each in grades}
+    width = max(map(len, titles.values()))
+    lines = [
+        f"{each.exercise}  {titles[each.exercise]:<{width}}  {each.points:>2} of {each.most:<2} {each.status}"
+        for each in grades
+    ]
+    lines.append(f"{'in all':<{width + 6}}  {sum(g.points for g in grades):>2} of {sum(g.most for g in grades)}")
+    return "\n".join([*lines, *(f"\n{each.message}" for each in grades if each.status != "passed")])
+
+
+def as_json(path: Path, lesson: str, grades: list[Grade]) -> str:
+    """The grades for a gradebook."""
+    points, most = sum(each.points for each in grades), sum(each.most for each in grades)
+    facts = {"notebook": path.name, "lesson": lesson, "points": points, "most": most}
+    return json.dumps({**facts, "exercises": [dataclasses.asdict(each) for each in grades]}, indent=2)
