@@ -142,7 +142,7 @@ def _grade(program: Program, exercise: Exercise, secret: str, passed: frozenset[
         return _told(exercise, "refused", "; ".join(handed_in.refused))
     seeds = seeds_of(exercise.id, secret, max(len(VISIBLE_SEEDS), exercise.hidden))
     try:
-        with handed_in.sandbox(limits) as sandbox:
+        with handed_in.sandbox(seeds, limits) as sandbox:
             result = judged(exercise, sandbox, name, seeds, hidden=0 if secret else exercise.hidden)
     except Refused as reason:
         return _told(exercise, "refused", str(reason))
@@ -210,7 +210,7 @@ def _tried(sandbox: Sandbox, name: str, stand_in: Callable, observe: Callable, o
     def observed(function: Any, case: Any) -> Any:
         if getattr(function, "__wrapped__", function) is not stand_in:
             return observe(function, case)
-        return sandbox.tried(name, observer, "observer_generate", case, case.seed)
+        return sandbox.tried(name, observer, case, case.seed)
 
     return observed
 

@@ -37,7 +37,6 @@ from minilora.classroom import instrumented, sandboxed
 from minilora.classroom.instrumented import InstrumentedArray
 
 PACKAGE = Path(__file__).resolve().parents[2]
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class Limits:
     """What a learner's process may use."""
 
     seconds: float = 30.0  # of the processor, and twice as many on the clock
-    memory_bytes: int = 3 * GIB
+    memory_bytes: int = 2 * 2**30  # beside what the libraries take
     file_bytes: int = 64 * 2**20
     answer_bytes: int = 64 * 2**20
     start_seconds: float = 180.0  # for the course's own part, such as importing PyTorch on a busy machine
@@ -76,6 +75,7 @@ class Sandbox:
     handed    what the learner's part finds ready, by its name there: the name it has in the course's part
     empty     our own answers (module, name), whose code is taken out if the course's part has imported them
     hidden    folders that the learner's part may not open a file of, beside the package itself
+    seeds     of the inputs that `observer_generate` of the course's part makes, for `tried`
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Sandbox:
         handed: Mapping[str, str] = MappingProxyType({}),
         empty: tuple[tuple[str, str], ...] = (),
         hidden: tuple[Path, ...] = (),
+        seeds: tuple[int, ...] = (),
         limits: Limits = DEFAULT,
     ) -> None:
         self._limits, self._buffer = limits, b""
@@ -98,12 +99,9 @@ class Sandbox:
             "package": str(PACKAGE),
             "instrumented": instrumented.__file__,
             "seconds": limits.seconds,
-            "limits": {
-                "RLIMIT_DATA": limits.memory_bytes,
-                "RLIMIT_AS": limits.memory_bytes + 32 * GIB,
-                "RLIMIT_FSIZE": limits.file_bytes,
-                "RLIMIT_CORE": 0,
-            },
+            "memory_bytes": limits.memory_bytes,
+            "file_bytes": limits.file_bytes,
+            "seeds": list(seeds),
         }
 
     def __enter__(self) -> "Sandbox":
@@ -185,12 +183,12 @@ class Sandbox:
         stand_in.__name__ = stand_in.__qualname__ = name
         return stand_in
 
-    def tried(self, name: str, observer: str, generate: str, case: dict[str, Any], seed: int) -> Any:
+    def tried(self, name: str, observer: str, case: dict[str, Any], seed: int) -> Any:
         """What an observer over there makes of the learner's object, on the inputs of this seed.
 
         Inputs that were changed over there are changed in `case` too.
         """
-        reply = self.ask(do="try", function=name, observer=observer, generate=generate, seed=seed)
+        reply = self.ask(do="try", function=name, observer=observer, seed=seed)
         try:
             for key, leaf in reply["changed"]:
                 restore(case, (key,), sandboxed.decode(leaf))
@@ -278,8 +276,7 @@ def raised_there(message: dict[str, Any]) -> Exception:
         error = kind(str(message.get("text", ""))[:2000])
     except TypeError:  # UnicodeDecodeError and its like want more than a text
         error = type(names[0], (Exception,), {})(str(message.get("text", ""))[:2000])
-    if message.get("line"):
-        error.add_note(f"in the line: {message['line']!s:.200}")
+    error.add_note(f"in the line: {message['line']!s:.200}" if message.get("line") else "outside your own lines")
     return error
 
 

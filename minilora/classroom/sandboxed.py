@@ -13,6 +13,7 @@ the process can be killed. `sandbox.py` says what that leaves open.
 """
 
 import base64
+import copy
 import importlib.abc
 import importlib.util
 import json
@@ -31,13 +32,13 @@ import numpy as np
 BLOCKED = ("minilora", "peft", "transformers", "bitsandbytes", "trl", "unsloth")
 OWN_FILE = "your notebook"
 REFUSED_EVENTS = {
-    "os.fork": "starts a process", "os.forkpty": "starts a process", "os.exec": "starts a process",
-    "os.posix_spawn": "starts a process", "os.spawn": "starts a process", "os.system": "starts a process",
-    "subprocess.Popen": "starts a process", "pty.spawn": "starts a process", "os.kill": "sends a signal",
-    "os.killpg": "sends a signal", "socket.connect": "opens a connection", "socket.bind": "opens a connection",
-    "socket.getaddrinfo": "opens a connection", "socket.sendto": "opens a connection",
-    "ctypes.dlopen": "loads a library", "gc.get_objects": "searches the memory", "gc.get_referrers":
-    "searches the memory", "gc.get_referents": "searches the memory",
+    "it starts a process": (
+        "os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen", "pty.spawn",
+    ),
+    "it sends a signal": ("os.kill", "os.killpg"),
+    "it opens a connection": ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto"),
+    "it calls native code": ("ctypes.dlopen", "ctypes.dlsym"),
+    "it searches the memory": ("gc.get_objects", "gc.get_referrers", "gc.get_referents"),
 }  # fmt: skip
 PATH_EVENTS = {
     "os.remove", "os.rename", "os.rmdir", "os.chmod", "os.chown", "os.truncate", "os.link", "os.symlink", "os.mkdir",
@@ -171,9 +172,25 @@ def _asked_by_the_learner() -> bool:
     return frame is not None and (frame.f_code.co_filename == OWN_FILE or frame.f_code.co_filename.startswith("<"))
 
 
-def lock(own_folder: str, hidden_folders: list[str], seconds: float) -> None:
+def limit(seconds: float, memory_bytes: int, file_bytes: int) -> None:
+    """Set what the process may use from here on, beside what it has used."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    statm = Path("/proc/self/statm")  # only Linux counts address space
+    pages = int(statm.read_text().split()[0]) if statm.exists() else 0
+    limits = {
+        resource.RLIMIT_CPU: int(used.ru_utime + used.ru_stime + seconds) + 1,
+        resource.RLIMIT_AS: pages * resource.getpagesize() + memory_bytes if pages else resource.RLIM_INFINITY,
+        resource.RLIMIT_FSIZE: file_bytes,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NPROC: 0,  # not one more: no process, no thread
+    }
+    for kind, value in limits.items():
+        resource.setrlimit(kind, (value, value))
+
+
+def lock(own_folder: str, hidden_folders: list[str]) -> None:
     """Take the course out of the process and refuse what no exercise needs. There is no way back."""
-    for name in [name for name in sys.modules if name.partition(".")[0] in BLOCKED]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in (*BLOCKED, "course", "instrumented")]:
         del sys.modules[name]
     hidden = tuple(os.path.realpath(folder) + os.sep for folder in hidden_folders)
     sys.path[:] = [each for each in sys.path if not (Path(each) / "minilora").is_dir()]
@@ -184,10 +201,6 @@ def lock(own_folder: str, hidden_folders: list[str], seconds: float) -> None:
         os.path.realpath(each) + os.sep for each in {own_folder, sys.prefix, sys.base_prefix, *sys.path} if each
     )
     own = os.path.realpath(own_folder) + os.sep
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    spent = int(used.ru_utime + used.ru_stime + seconds) + 1
-    for limit, value in ((resource.RLIMIT_CPU, spent), (resource.RLIMIT_NPROC, 0)):
-        resource.setrlimit(limit, (value, value))
     realpath, harmless = os.path.realpath, ("/dev/null", "/dev/urandom", "/dev/random", os.path.realpath(__file__))
 
     def is_allowed(path: Any, is_written: bool) -> bool:
@@ -198,9 +211,11 @@ def lock(own_folder: str, hidden_folders: list[str], seconds: float) -> None:
             return True
         return not is_written and whole.startswith(readable) and not (whole + os.sep).startswith(hidden)
 
+    reasons = {event: f"{reason} ({event})" for reason, events in REFUSED_EVENTS.items() for event in events}
+
     def watch(event: str, arguments: tuple) -> None:
-        if event in REFUSED_EVENTS:
-            refuse(f"it {REFUSED_EVENTS[event]} ({event})")
+        if event in reasons:
+            refuse(reasons[event])
         if event == "open" and not is_allowed(arguments[0], bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))):
             refuse(f"it opens {str(arguments[0])[:200]}")
         if event in PATH_EVENTS and not is_allowed(arguments[0], True):
@@ -258,14 +273,14 @@ def describe_error(error: BaseException) -> dict[str, Any]:
     return {"error": [each.__name__ for each in type(error).__mro__][:-1], "text": text, "line": own_line(error)}
 
 
-def respond(request: dict, course: dict, learner: dict, instrumented: Any) -> dict[str, Any]:
+def respond(request: dict, course: Any, learner: dict, instrumented: Any) -> dict[str, Any]:
     """Call the learner's function, or try it with one of the course's observers."""
     function = eval(request["function"], learner)
     if request["do"] == "try":
-        case = eval(request["generate"], course)(np.random.default_rng(request["seed"]))
+        case = copy.deepcopy(course.cases[request["seed"]])
         kept = encode_all(case)
         with np.errstate(all="ignore"):
-            value = eval(request["observer"], course)(function, case)
+            value = getattr(course, request["observer"])(function, case)
         changed = [name for name, old in kept.items() if old != encode(case[name])]
         return {"value": encode(value), "changed": [[name, encode(case[name])] for name in changed]}
     log = instrumented.Log()
@@ -305,8 +320,8 @@ def load(path: str, name: str) -> Any:
     return module
 
 
-def prepared(setup: dict) -> dict[str, Any]:
-    """Run the course's part, take the answer out of it, and give back its names."""
+def prepared(setup: dict) -> Any:
+    """Run the course's part, make the inputs of its checks, and take the answer out of it."""
     course = types.ModuleType("course")
     sys.modules["course"] = course
     sys.path.insert(0, setup["package"])
@@ -317,10 +332,11 @@ def prepared(setup: dict) -> dict[str, Any]:
         "the course",
     )
     exec(compile(setup["course"], "the course", "exec"), vars(course))
+    vars(course)["cases"] = {seed: course.observer_generate(np.random.default_rng(seed)) for seed in setup["seeds"]}
     for module, name in setup["empty"]:
         if module in sys.modules:
             empty(getattr(sys.modules[module], name, None))
-    return vars(course)
+    return course
 
 
 def main() -> None:
@@ -332,18 +348,18 @@ def main() -> None:
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     setup = json.loads(requests.readline())
-    for name, value in setup["limits"].items():
-        resource.setrlimit(getattr(resource, name), (value, value))
     instrumented = load(setup["instrumented"], "instrumented")
     try:
         course = prepared(setup)
     except BaseException as error:
         answer(fault=traceback.format_exc(limit=-3) or str(error))
         return
-    learner = types.ModuleType("learner")
-    sys.modules["learner"] = learner
-    vars(learner).update({name: course[own] for name, own in setup["handed"].items()})
-    lock(str(Path.cwd()), setup["hidden"], setup["seconds"])
+    learner = types.ModuleType("__main__")  # as in a notebook
+    sys.modules["__main__"] = learner
+    vars(learner).update({name: getattr(course, own) for name, own in setup["handed"].items()})
+    vars(learner).setdefault("display", lambda *shown, **named: None)
+    limit(setup["seconds"], setup["memory_bytes"], setup["file_bytes"])
+    lock(str(Path.cwd()), setup["hidden"])
     answer(is_locked=True)
     own = setup["own"]
     linecache.cache[OWN_FILE] = (len(own), None, own.splitlines(keepends=True), OWN_FILE)

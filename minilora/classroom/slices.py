@@ -51,11 +51,8 @@ class Program:
         statements: list[Statement] = []
         unreadable: list[tuple[str, SyntaxError]] = []
         for cell in cells:
-            if cell.lstrip().startswith("%%"):
-                continue
-            text = MAGIC.sub(r"\1pass", cell)
             try:
-                statements += _statements(text)
+                statements += list(_statements(MAGIC.sub(r"\1pass", cell)))
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
                 problem = error if isinstance(error, SyntaxError) else SyntaxError(str(error))
                 unreadable.append((cell, problem))

@@ -42,15 +42,21 @@ class Submission:
     empty: tuple[tuple[str, str], ...] = ()
     refused: list[str] = field(default_factory=list)
 
-    def sandbox(self, limits: Limits) -> Sandbox:
-        """The process, not yet started."""
+    def sandbox(self, seeds: tuple[int, ...], limits: Limits) -> Sandbox:
+        """The process, not yet started; `seeds` draw the inputs of the checks that are made in it."""
         try:
             lessons = lessons_folder()
             hidden: tuple[Path, ...] = (lessons, lessons.parent / "notebooks")
         except FileNotFoundError:
             hidden = ()
         return Sandbox(
-            own=self.own, course=self.course, handed=self.handed, empty=self.empty, hidden=hidden, limits=limits
+            own=self.own,
+            course=self.course,
+            handed=self.handed,
+            empty=self.empty,
+            hidden=hidden,
+            seeds=seeds if "observer_generate" in self.course else (),
+            limits=limits,
         )
 
 
@@ -78,8 +84,6 @@ def submission(
         elif problem:
             refused.append(problem)
     names = {name for each in needed for name in each.reads | each.reads_later}
-    if names & going_on.itself:
-        refused.append(f"it uses check({exercise.id!r}, …).function, which may be the course's own answer")
     for name in names & going_on.earlier.keys():
         course.answer(name, going_on.earlier[name])
     course.observe(not_by_value)
@@ -145,13 +149,12 @@ def _attributes(tree: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 class _GoingOn(ast.NodeTransformer):
-    """`check("03.1", f)` as a grader has it: f itself where 03.1 passed, else the course's answer."""
+    """`check("03.1", f).function` when a later exercise is graded: f itself where 03.1 passed, else the course's."""
 
     def __init__(self, exercise: Exercise, lesson: _Lesson, passed: frozenset[str]) -> None:
         self.passed = passed
         before = lesson.ids[: lesson.ids.index(exercise.id)] if exercise.id in lesson.ids else []
         self.earlier = {f"course_answer_{each.replace('.', '_')}": each for each in before}
-        self.itself = {f"course_answer_{exercise.id.replace('.', '_')}"}
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         """`check("03.1", f).function`."""
@@ -165,9 +168,10 @@ class _GoingOn(ast.NodeTransformer):
             and isinstance(call.args[0], ast.Constant)
         ):
             return self.generic_visit(node)
-        if call.args[0].value in self.passed:
-            return self.visit(call.args[1])
-        return ast.Name(f"course_answer_{str(call.args[0].value).replace('.', '_')}", ast.Load())
+        answer = f"course_answer_{str(call.args[0].value).replace('.', '_')}"
+        if answer in self.earlier and call.args[0].value not in self.passed:
+            return ast.Name(answer, ast.Load())
+        return self.visit(call.args[1])
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
@@ -276,9 +280,11 @@ class _Course:
         """Add the checks that look at the learner's object, with what makes their inputs."""
         if not not_by_value:
             return
-        parts = _written(self.lesson.exercises, self.exercise.id)
+        written = _written(self.lesson.exercises, self.exercise.id)
+        whole = f"next(each for each in EXERCISES if each.id == {self.exercise.id!r})"
         for name in sorted({"generate", *not_by_value}):
-            self.lines.append(f"observer_{name} = {parts[name]}")
+            found = f"{whole}.properties[{name}].test" if name.isdigit() else f"{whole}.{name}"
+            self.lines.append(f"observer_{name} = {written.get(name, found)}")
             self.wanted.append(f"observer_{name}")
 
     def program(self) -> list[Statement]:
@@ -303,17 +309,12 @@ class _Course:
 
 def _written(exercises: str, exercise_id: str) -> dict[str, str]:
     """The expressions for generate, observe and each property's test ("0", "1", …) as exercises.py has them."""
-    whole = f"next(each for each in EXERCISES if each.id == {exercise_id!r})"
-    parts = {"generate": f"{whole}.generate", "observe": f"{whole}.observe"}
-    parts |= {str(index): f"{whole}.properties[{index}].test" for index in range(50)}
     for node in ast.walk(ast.parse(exercises)):
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Exercise"):
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) != "Exercise":
             continue
         given = {each.arg: each.value for each in node.keywords if each.arg}
-        if not (isinstance(given.get("id"), ast.Constant) and given["id"].value == exercise_id):  # type: ignore[attr-defined]
-            continue
-        parts |= {name: ast.unparse(given[name]) for name in ("generate", "observe") if name in given}
-        properties = given.get("properties")
-        if isinstance(properties, (ast.Tuple, ast.List)):
-            parts |= {str(i): f"({ast.unparse(each)}).test" for i, each in enumerate(properties.elts)}
-    return parts
+        if "id" in given and ast.unparse(given["id"]) == repr(exercise_id):
+            parts = {name: ast.unparse(given[name]) for name in ("generate", "observe") if name in given}
+            tests = [f"({ast.unparse(each)}).test" for each in getattr(given.get("properties"), "elts", ())]
+            return parts | {str(index): test for index, test in enumerate(tests)}
+    return {}
