@@ -188,12 +188,12 @@ def limit(seconds: float, memory_bytes: int, file_bytes: int) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def lock(own_folder: str, hidden_folders: list[str]) -> None:
+def lock(own_folder: str, package: str, hidden_folders: list[str]) -> None:
     """Take the course out of the process and refuse what no exercise needs. There is no way back."""
     for name in [name for name in sys.modules if name.partition(".")[0] in (*BLOCKED, "course", "instrumented")]:
         del sys.modules[name]
     hidden = tuple(os.path.realpath(folder) + os.sep for folder in hidden_folders)
-    sys.path[:] = [each for each in sys.path if not (Path(each) / "minilora").is_dir()]
+    sys.path.remove(package)
     sys.meta_path[:] = [each for each in sys.meta_path if "editable" not in getattr(each, "__module__", "")]
     sys.meta_path.insert(0, _Refusing())
     sys.path_importer_cache.clear()
@@ -359,7 +359,7 @@ def main() -> None:
     vars(learner).update({name: getattr(course, own) for name, own in setup["handed"].items()})
     vars(learner).setdefault("display", lambda *shown, **named: None)
     limit(setup["seconds"], setup["memory_bytes"], setup["file_bytes"])
-    lock(str(Path.cwd()), setup["hidden"])
+    lock(str(Path.cwd()), setup["package"], setup["hidden"])
     answer(is_locked=True)
     own = setup["own"]
     linecache.cache[OWN_FILE] = (len(own), None, own.splitlines(keepends=True), OWN_FILE)
