@@ -47,7 +47,7 @@ MUTANTS = [
     Mutant("m's gradient takes the bias along", "dora.py", "dg -= bias * dy.sum(tokens, dtype=g.dtype)", "pass"),
     Mutant("x's gradient is not scaled", "dora.py", "return (g * dy).to(dy.dtype),", "return dy,"),
     Mutant("m begins at one", "dora.py", "nn.Parameter(self.squares.sqrt())", "nn.Parameter(torch.ones_like(self.squares))"),
-    Mutant("dropout falls on the base's own output", "dora.py", "return self.base(x) + (g - 1) * h", "return self.base(dropped) + (g - 1) * h"),
+    Mutant("dropout falls on the base's own output", "dora.py", "y = self.base(x) + (g - 1) * h", "y = self.base(dropped) + (g - 1) * h"),
     Mutant("dropout leaves the correction alone", "dora.py", "h = self.base(dropped)", "h = self.base(x)"),
     Mutant("a Conv1D's columns are taken for rows", "dora.py", "return W.T if self.stores_in_by_out else W", "return W"),
     Mutant("m is not saved", "dora.py", 'return super().adapter_tensors() | {"m": self.m}', "return super().adapter_tensors()"),
