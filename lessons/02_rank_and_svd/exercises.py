@@ -109,9 +109,9 @@ COPY = Exercise(
         Property(name="its error is the tail of the spectrum (Eckart and Young)", test=error_is_the_tail),
     ),
     hints=(
-        "np.linalg.svd(M, full_matrices=False) gives U (out, n), the singular values (n,), and V transposed already.",
+        "np.linalg.svd(M, full_matrices=False) gives U (out, n), the singular values (n,), and V transposed.",
         "The first r pieces: columns of U, rows of Vt. Each piece is weighed once, by its singular value.",
-        "B = U[:, :r] * sigma[:r] weighs the columns; A = Vt[:r]. Or give the square root to each, as the package does.",
+        "B = U[:, :r] * sigma[:r] weighs the columns; A = Vt[:r]. Or give each the square root, as the package does.",
     ),
     bugs=(
         Bug(
@@ -123,7 +123,7 @@ COPY = Exercise(
         Bug(
             name="the smallest pieces",
             function=_svd_copy(lambda U, s, Vt, r: (U[:, -r:] * s[-r:], Vt[-r:])),
-            why="You kept the last r pieces; NumPy sorts singular values from large to small (eigh: the other way round).",
+            why="You kept the last r pieces; NumPy sorts singular values from large to small (eigh: from small).",
             link="8 · Break it",
         ),
         Bug(
@@ -145,7 +145,7 @@ COPY = Exercise(
         Bug(
             name="Vt taken for V",
             function=_svd_copy(lambda U, s, Vt, r: (U[:, :r] * s[:r], Vt[:, :r].T)),
-            why="NumPy returns V transposed: its rows are the directions. You took columns; a square Vt does not object.",
+            why="NumPy returns V transposed: its rows are the directions. You took columns; a square Vt allows it.",
             link="8 · Break it",
         ),
         Bug(
@@ -263,7 +263,7 @@ EFFECTIVE = Exercise(
         Bug(
             name="above, not at least",
             function=lambda M, energy: int(np.argmax(_held(_values_of(M) ** 2) > energy)) + 1,
-            why="You asked for more than the share; reaching it is enough: >=. It shows where the share is hit exactly.",
+            why="You asked for more than the share; at least that much is >=. It shows where the share is hit exactly.",
         ),
         Bug(
             name="index for count",
@@ -288,7 +288,7 @@ EFFECTIVE = Exercise(
         Bug(
             name="a threshold",
             function=lambda M, energy: int(np.sum(_values_of(M) >= (1 - energy) * _values_of(M)[0])),
-            why="You counted the values above a part of the largest. That is numerical rank; it says nothing of the sum.",
+            why="You counted the values above a part of the largest. That is a numerical rank; it ignores the sum.",
         ),
         Bug(
             name="from the small end",
@@ -303,7 +303,7 @@ EFFECTIVE = Exercise(
         Bug(
             name="every piece",
             function=lambda M, energy: int(np.linalg.matrix_rank(M)),
-            why="You counted all pieces that are not zero. After any training that is all of them: the share is ignored.",
+            why="You counted all pieces that are not zero, and after training none is zero. The share plays no part.",
             link="8 · Break it",
         ),
     ),
@@ -322,7 +322,9 @@ def holds_as_many(function: Callable, case: Case) -> str | None:
     d, k = case["d"], case["k"]
     r = float(function(d, k))
     factors = r * d + r * k
-    return None if abs(factors - d * k) <= 1e-5 * d * k else f"{r:.6g}: factors of {factors:,.0f}, a matrix of {d * k:,}"
+    return (
+        None if abs(factors - d * k) <= 1e-5 * d * k else f"{r:.6g}: factors of {factors:,.0f}, a matrix of {d * k:,}"
+    )
 
 
 def does_not_care_which_side(function: Callable, case: Case) -> str | None:
@@ -334,7 +336,7 @@ def does_not_care_which_side(function: Callable, case: Case) -> str | None:
 BREAK_EVEN = Exercise(
     id="02.3",
     title="Where factors stop paying",
-    asks="break_even_rank(d, k) returns the r, not rounded, at which B (d, r) and A (r, k) hold as much as a d × k matrix",
+    asks="break_even_rank(d, k) returns the unrounded r at which B (d, r) and A (r, k) are as large as a d × k matrix",
     points=1,
     minutes=5,
     difficulty=1,
@@ -388,7 +390,7 @@ BREAK_EVEN = Exercise(
         Bug(
             name="rounded down",
             function=lambda d, k: d * k // (d + k),
-            why="You rounded down. For the largest r that saves, do that at the end; asked for is where both are equal.",
+            why="You rounded down. Do that last, for the largest r that saves; asked for is where both are equal.",
         ),
     ),
 )
@@ -401,6 +403,31 @@ PATIENTS = {"1": "the smallest pieces", "2": "columns of M", "3": "Vt taken for 
 def patients() -> dict[str, Callable]:
     """The copying function of each patient: a catalogued bug."""
     return {name: COPY.bug(bug) for name, bug in PATIENTS.items()}
+
+
+# --------------------------------------------------------------------------------------------- section 10: the stretch
+
+
+class Looks:
+    """A matrix that gives products only, and counts what it is multiplied with.
+
+    >>> looks = Looks(np.ones((3, 2)))
+    >>> looks.times(np.ones((2, 4))).shape, looks.times_transposed(np.ones((3, 1))).shape, looks.columns
+    ((3, 4), (2, 1), 5)
+    """
+
+    def __init__(self, M: ndarray) -> None:
+        self._M, self.columns = M, 0
+
+    def times(self, X: ndarray) -> ndarray:
+        """M X."""
+        self.columns += X.shape[1]
+        return self._M @ X
+
+    def times_transposed(self, Y: ndarray) -> ndarray:
+        """Mᵀ Y."""
+        self.columns += Y.shape[1]
+        return self._M.T @ Y
 
 
 EXERCISES = [COPY, EFFECTIVE, BREAK_EVEN]

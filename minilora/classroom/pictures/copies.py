@@ -30,7 +30,7 @@ def copies(best: Sequence[float], cases: dict[str, Sequence[float]]) -> Figure:
         ranks = np.arange(1, len(best) + 1)
         axes.plot(ranks, best, color=GREY, linewidth=4, alpha=0.45, label="best")
         axes.plot(ranks, errors, color=colour, marker=marker, markersize=4, linestyle="--", label="patient")
-        axes.axhline(1, color=GREY, linestyle=":", linewidth=1.5)
+        axes.axhline(1, color=GREY, linestyle=":", linewidth=1.5, label="no copy at all")
         axes.set_title(f"Patient {name}")
         axes.set_xlabel("r")
         axes.set(xlim=(0, len(best) + 1), ylim=(0, 3.2))

@@ -39,6 +39,6 @@ def energy_curves(panels: dict[str, dict[str, Float[ndarray, " n"]]]) -> Figure:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "all"])
         axes.grid(True)
         axes.legend(loc="lower right")
-    axes.set(xlim=(-0.02, 1.02), ylim=(0, 1.03))
+        axes.set(xlim=(-0.04, 1.06), ylim=(0, 1.03))
     np.atleast_1d(row)[0].set_ylabel("share of the energy")
     return figure
