@@ -1,4 +1,4 @@
-"""The numbers behind lesson 02: cuts and their tails, where factors break even, and a change that was really trained."""
+"""The numbers behind lesson 02: cuts and their tails, where factors break even, and a change that was trained."""
 
 import numpy as np
 import pytest
