@@ -9,6 +9,7 @@ Read before this file: numpy_lora/rank.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -93,7 +94,7 @@ def low_rank(cut: Cut) -> Figure:
     """The change, its copy and the rest; under them the first pieces; beside them the spectrum and the energy."""
     figure = new_figure(9.5, 4.3)
     above, below = ["M", "copy", "rest", "sigma"], ["p1", "p2", "p3"]
-    rows = [above, above, [*below, "sigma"], [*below, "energy"]]
+    rows: list[Any] = [above, above, [*below, "sigma"], [*below, "energy"]]
     parts = figure.subplot_mosaic(rows, width_ratios=[1, 1, 1, 1.35], height_ratios=[1, 1, 0.8, 1.2])
     limit = float(np.abs(cut.M).max())
     _heat(parts["M"], cut.M, "ΔW", limit)
