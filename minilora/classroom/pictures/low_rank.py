@@ -99,7 +99,8 @@ def low_rank(cut: Cut) -> Figure:
     limit = float(np.abs(cut.M).max())
     _heat(parts["M"], cut.M, "ΔW", limit)
     _heat(parts["copy"], cut.copy, f"= copy of rank {cut.r}", limit)
-    _heat(parts["rest"], cut.M - cut.copy, f"+ rest, norm {cut.error:.2g}", limit)
+    size = f"{cut.error:.2g}" if cut.error > 1e-9 else "0"
+    _heat(parts["rest"], cut.M - cut.copy, f"+ rest, norm {size}", limit)
     for i, value in enumerate(cut.sigma[:3], start=1):
         fate = "kept" if i <= cut.r else "left out"
         _heat(parts[f"p{i}"], cut.piece(i), f"piece {i}: {fate}\nσ = {value:.2g}", limit)
