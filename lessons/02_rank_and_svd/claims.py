@@ -95,7 +95,7 @@ def change_is_low_rank() -> Finding:
 
 
 def random_directions() -> Finding:
-    """The narrow task, learned along random directions of all 5,120 weights together."""
+    """Whether 90 % is reached: the narrow task, learned along random directions of all 5,120 weights together."""
     full = small.right_answers(small.fine_tuned("narrow"))
     learned = {k: small.in_random_directions(k) for k in (200, 800)}
     right = {k: small.right_answers(weights) / full for k, weights in learned.items()}
