@@ -46,7 +46,14 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         help="of the rate, after the warm-up (default %(default)s)",
     )
     add("--warmup", type=float, default=0.1, metavar="SHARE", help="of the steps (default %(default)s)")
-    add("--weight-decay", type=float, default=0.0, metavar="W", help="of what trains, AdamW's (default %(default)s)")
+    add(
+        "--weight-decay",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="AdamW's (default %(default)s), of what trains but dora's lengths; not with ia3, pissa, olora, loftq, "
+        "which begin where zero is not",
+    )
     add("--max-grad-norm", type=float, default=1.0, metavar="N", help="gradients are clipped to it (default 1)")
     add("--epochs", type=int, default=1, metavar="N", help="times every sample is seen (default %(default)s)")
     add("--batch", type=int, default=8, metavar="N", help="samples a step (default %(default)s)")

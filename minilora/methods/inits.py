@@ -52,6 +52,7 @@ class ShiftedLinear(LoRALinear):
         ValueError: if r is more than the smaller side of W, or W holds a NaN or an infinity; else as LoRALinear.
     """
 
+    no_decay = ("A", "B")
     A0: Tensor
     B0: Tensor
 
@@ -204,7 +205,9 @@ def LoftQLinear(
         errors = errors or [(lost.norm() / norm).item()]
         errors.append(((lost - update).norm() / norm).item())
     quantized = LoftQBase(Q, base.bias, r, tuple(errors))
-    return lora_of(quantized, A, B, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+    layer = lora_of(quantized, A, B, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+    layer.no_decay = ("A", "B")  # at zero the model would be that of Q, not of W
+    return layer
 
 
 def principal(

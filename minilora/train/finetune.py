@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minilora.qlora import PagedAdamW
+from minilora.torch_lora.decay import decay_groups
 from minilora.train.checkpoint import Saving, Stateful
 from minilora.train.data import Batch, Sample, make_batches
 from minilora.train.judging import Judges, judge
@@ -57,7 +58,7 @@ class Recipe:
     state_bits: int = 32  # of AdamW's moments: 32 or 8
     n_parts: int = 1  # that a batch goes through the model in
     pack_tokens: int | None = None  # of a row; None: a sample a row, padded
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of what torch_lora/decay does not spare
     max_grad_norm: float = 1.0  # gradients are clipped to it
     shape: str = "linear"  # of the rate after the warm-up: trainer.SHAPES
     warmup: float = 0.1  # share of the steps in which the rate rises
@@ -104,11 +105,13 @@ class Learning:
 
 
 def by_adamw(model: nn.Module, recipe: Recipe, n_steps: int) -> Learning:
-    """Train what requires a gradient by AdamW, as the recipe says."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return Learning(
-        optimizer=PagedAdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, state_bits=recipe.state_bits)
-    )
+    """Train what requires a gradient by AdamW, as the recipe says.
+
+    Raises:
+        ValueError: if nothing trains, or a weight decay would act on nothing: torch_lora/decay.
+    """
+    groups = decay_groups(model, recipe.weight_decay)
+    return Learning(optimizer=PagedAdamW(groups, lr=recipe.lr, state_bits=recipe.state_bits))
 
 
 def fine_tune(

@@ -63,6 +63,7 @@ class Method:
     lr: float = 2e-4  # where none is given
     r: int = 16
     in_processes: bool = False  # torchrun's; tested with these
+    decays: bool = True  # whether a weight decay has something to pull at: torch_lora/decay
 
 
 def put_new(model: Decoder, name: str, settings: Settings) -> None:
@@ -224,16 +225,19 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             does="LoRA that begins at the weights' largest directions",
             uses=BEGUN,
             put=partial(_begun_by_weights, wrap=pissa_layer),
+            decays=False,
         ),
         "olora": Method(
             does="LoRA that begins at orthonormal directions of the weights",
             uses=BEGUN,
             put=partial(_begun_by_weights, wrap=olora_layer),
+            decays=False,
         ),
         "loftq": Method(
             does="LoRA over 4 bits that begins with what rounding took",
             uses=BEGUN,
             put=partial(_begun_by_weights, wrap=LoftQLinear),
+            decays=False,
         ),
         "ia3": Method(
             lr=1e-2,
@@ -241,6 +245,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             uses=frozenset(),
             put=_ia3,
             save=save_ia3,
+            decays=False,
         ),
         "houlsby": Method(
             lr=1e-3,

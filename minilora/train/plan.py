@@ -113,6 +113,10 @@ def settings_of(args: argparse.Namespace, tokenizer: Tokenizer) -> Settings:
     refuse_unused(args.method, asked)
     if method.save is None and args.dtype == "bf16":
         raise ValueError(f"{args.method} trains all weights, in bf16 it would lose small steps: leave --dtype out")
+    if args.weight_decay and not method.decays:
+        raise ValueError(
+            f"--weight-decay pulls to zero, where the model of --method {args.method} is not the base's: leave it out"
+        )
     return Settings(**{"r": method.r} | asked, seed=args.seed)
 
 

@@ -152,7 +152,7 @@ def test_what_would_do_nothing_is_refused(words, message, base, data, tmp_path, 
 
 
 def learning_of(name, model, **settings):
-    asked = Settings(**settings)
+    asked = Settings(**{"r": 2} | settings)
     put_new(model, name, asked)
     return METHODS[name].learning(asked)(model, Recipe(lr=0.01, batch_size=2, weight_decay=0.5), 20)
 
@@ -194,6 +194,19 @@ def test_help_tells_of_every_method_with_its_own_words_and_rate():
     for name, method in METHODS.items():
         assert method.does in told[name]
         assert float(told[name].split()[-1]) == method.lr
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_weight_decay_pulls_at_something_or_is_refused(name, base, data, tmp_path, capsys):
+    words = [*words_for(name, base, data, tmp_path / "out"), "--weight-decay", "0.1"]
+    if METHODS[name].decays:
+        assert run(*words) == 0
+        return
+    assert run(*words) == 2
+    told = f"--weight-decay pulls to zero, where the model of --method {name} is not the base's: leave it out"
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="nothing that trains here may decay"):
+        learning_of(name, load_adapted(base, None, torch.float32)[0])
 
 
 def test_a_new_one_is_the_same_for_the_same_seed_and_leaves_torchs_numbers_alone(base):
