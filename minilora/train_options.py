@@ -103,7 +103,11 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     add("--start-r", type=int, metavar="RANK", help="adalora's at the start; -r is the mean at the end (default 1.5 r)")
     add("--bottleneck", type=int, metavar="N", help="features of houlsby's small layers (default 64)")
     add("--virtual-tokens", type=int, metavar="N", help="of prefix and prompt (default 20)")
-    add("--words", metavar="TEXT", help="prefix and prompt begin as these words, a virtual token for each token")
+    add(
+        "--words",
+        metavar="TEXT",
+        help="prefix and prompt begin as these words, a virtual token each; else at random, prefix then far off",
+    )
     add("--prefix-mlp", type=int, metavar="N", help="make prefix's keys and values by an MLP of N features")
     add("--refresh", type=int, metavar="N", help="steps from one of galore's projections to the next (default 200)")
     add("--galore-scale", type=float, metavar="X", help="of galore's steps (default 0.25)")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minilora.methods.adalora import AdaLoRAConv1D, AdaLoRALinear, RankReport, adalora_layer, rank_report
 from minilora.torch_lora.adapter_layer import AdapterLayer
-from minilora.torch_lora.config import LoRAConfig
+from minilora.torch_lora.config import LoRAConfig, is_count
 from minilora.torch_lora.layers import features_of
 from minilora.torch_lora.peft_config import CONFIG_FILE, problems_in, read_json_object
 from minilora.torch_lora.peft_format import shortest_targets
@@ -115,7 +115,7 @@ def read_adalora_config(path: Path) -> dict[str, Any]:
         problems.append(f"peft_type = {reprlib.repr(config.get('peft_type'))}: this reader knows 'ADALORA'")
     if config.get("use_dora"):
         problems.append("use_dora = True: AdaLoRA has no magnitudes, in PEFT neither")
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+    if not is_count(r):
         problems.append(f"init_r = {reprlib.repr(r)}: a whole number of 1 or more is needed")
     if not isinstance(pattern, dict) or not all(_is_choice_of(r, kept) for kept in pattern.values()):
         problems.append(
@@ -156,6 +156,10 @@ def _misfits(name: str, module: Any, tensors: Tensors, its: LoRAConfig, k: int) 
         for ours, tensor in tensors.items()
         if tuple(tensor.shape) != needed[ours]
     ]
+    if its.r > min(in_features, out_features):
+        problems.append(
+            f"{name}: init_r is {its.r:,}, the layer has {min(in_features, out_features):,} singular values"
+        )
     theirs = (its.r, its.alpha)
     there = (module.r, module.alpha) if isinstance(module, AdaLoRALinear) else type(module).__name__
     if isinstance(module, AdapterLayer) and there != theirs:

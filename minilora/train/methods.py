@@ -81,10 +81,10 @@ def put_new(model: Decoder, name: str, settings: Settings) -> None:
 
 
 def _lora(model: Decoder, s: Settings, wrap: Callable[..., nn.Module], form: str | None = None) -> None:
-    keep, start = kept_as(form), torch.Generator().manual_seed(s.seed)
+    keep = kept_as(form)
 
     def layer(base: nn.Module) -> nn.Module:
-        return wrap(keep(base), r=s.r, alpha=s.scale, dropout=s.dropout, use_rslora=s.use_rslora, generator=start)
+        return wrap(keep(base), r=s.r, alpha=s.alpha_or_2r, dropout=s.dropout, use_rslora=s.use_rslora)
 
     inject(model, s.targets, layer)
 
@@ -95,7 +95,7 @@ def _begun_by_weights(model: Decoder, s: Settings, wrap: Callable[..., nn.Module
     with tqdm(total=n_layers, desc="directions of the weights", unit="layer", leave=False, disable=None) as bar:
 
         def layer(base: nn.Module) -> nn.Module:
-            made = wrap(base, r=s.r, alpha=s.scale, dropout=s.dropout, use_rslora=s.use_rslora)
+            made = wrap(base, r=s.r, alpha=s.alpha_or_2r, dropout=s.dropout, use_rslora=s.use_rslora)
             bar.update()
             return made
 
@@ -103,8 +103,7 @@ def _begun_by_weights(model: Decoder, s: Settings, wrap: Callable[..., nn.Module
 
 
 def _adalora(model: Decoder, s: Settings) -> None:
-    alpha = 2.0 * s.first_r if s.alpha is None else s.alpha
-    inject(model, s.targets, lambda base: adalora_layer(base, r=s.first_r, alpha=alpha, dropout=s.dropout))
+    inject(model, s.targets, lambda base: adalora_layer(base, r=s.first_r, alpha=s.first_alpha, dropout=s.dropout))
 
 
 def _ia3(model: Decoder, s: Settings) -> None:
@@ -168,6 +167,8 @@ def _projected(s: Settings) -> Callable[[nn.Module, Recipe, int], Learning]:
     """GaLore's: the matrices of attention and MLP are projected; embeddings, head and norms are not."""
 
     def begin(model: nn.Module, recipe: Recipe, n_steps: int) -> Learning:
+        if recipe.state_bits != 32:
+            raise ValueError(f"galore is an AdamW of its own, with moments in 32 bits, not {recipe.state_bits}")
         linear = {m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [

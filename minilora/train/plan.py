@@ -103,7 +103,7 @@ def settings_of(args: argparse.Namespace, tokenizer: Tokenizer) -> Settings:
         "loraplus_ratio": args.loraplus_ratio,
         "start_r": args.start_r,
         "bottleneck": args.bottleneck,
-        "n_virtual": args.virtual_tokens if words is None else len(words),
+        "n_virtual": args.virtual_tokens,
         "words": words,
         "mlp_features": args.prefix_mlp,
         "refresh": args.refresh,
@@ -117,6 +117,7 @@ def settings_of(args: argparse.Namespace, tokenizer: Tokenizer) -> Settings:
         raise ValueError(
             f"--weight-decay pulls to zero, where the model of --method {args.method} is not the base's: leave it out"
         )
+    asked |= {"n_virtual": len(words)} if words else {}
     return Settings(**{"r": method.r} | asked, seed=args.seed)
 
 

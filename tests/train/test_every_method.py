@@ -132,6 +132,7 @@ def test_options_arrive(base, data, tmp_path, capsys):
         ("--method ia3 --r 8", "--method ia3 does nothing with --r: --r is for lora, "),
         ("--method lora --virtual-tokens 8", "--virtual-tokens is for prefix, prompt"),
         ("--method lora --words=", "--words are 0 tokens"),
+        ("--method lora --words Hi", "--method lora does nothing with --words: --words is for prefix, prompt$"),
         ("--method prompt --words Hi --virtual-tokens 9", "--words are 1 tokens, .* leave --virtual-tokens out"),
         ("--method prefix --words Hi --prefix-mlp 8", "words and mlp_features exclude each other"),
         ("--method prefix --virtual-tokens 512", "512 virtual tokens leave no room for text"),
@@ -175,7 +176,7 @@ def test_what_takes_the_steps_is_what_was_asked_for(base):
     adapted = model()
     adalora = learning_of("adalora", adapted, r=2, start_r=6, alpha=3.0)
     layer = next(iter(adapter_layers(adapted).values()))
-    assert (layer.r, layer.scaling) == (6, 0.5)
+    assert (layer.r, layer.scaling) == (6, 1.5)  # alpha / r, of the r that was asked for
     assert adalora.beside.schedule == RankSchedule(target_r=2, n_steps=20, t_init=2, t_final=6)
     torch.testing.assert_close(adalora.penalty(), GAMMA * orthogonality(adapted))
     for p in adapted.parameters():
@@ -183,9 +184,51 @@ def test_what_takes_the_steps_is_what_was_asked_for(base):
     adalora.optimizer.step()
     assert adalora.beside.done == 1
 
-    prefixed = model()
-    learning_of("prefix", prefixed, n_virtual=3, mlp_features=5)
-    assert next(iter(adapter_layers(prefixed).values())).mlp[0].out_features == 5
+    with pytest.raises(ValueError, match="galore is an AdamW of its own, with moments in 32 bits, not 8"):
+        METHODS["galore"].learning(Settings(r=4))(model(), Recipe(lr=0.01, batch_size=2, state_bits=8), 20)
+
+    plus = model()
+    put_new(plus, "lora", Settings(r=2))
+    recipe = Recipe(lr=0.01, batch_size=2, weight_decay=0.5, state_bits=8)
+    optimizer = METHODS["lora"].learning(Settings(r=2, loraplus_ratio=4))(plus, recipe, 20).optimizer
+    assert optimizer.state_bits == 8
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.01, 0.5), (0.04, 0.5)]
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "alpha" in method.uses])
+def test_every_setting_of_a_low_rank_layer_reaches_it(name, base):
+    adapted = load_adapted(base, None, torch.float32)[0]
+    use_rslora = "use_rslora" in METHODS[name].uses
+    put_new(
+        adapted, name, Settings(r=2, alpha=6.0, dropout=0.25, use_rslora=use_rslora, targets=["q_proj", "down_proj"])
+    )
+    layers = adapter_layers(adapted)
+    assert len(layers) == 4  # of two decoder layers
+    for layer in layers.values():
+        assert (layer.dropout, layer.use_rslora) == (0.25, use_rslora)
+        assert layer.scaling == pytest.approx(6 / 2**0.5 if use_rslora else 3)
+
+
+@pytest.mark.parametrize("r", [2, 3, 5])
+def test_alpha_is_divided_by_the_r_that_was_asked_for(r, base):
+    """Of AdaLoRA's layers, which begin with more, too; 2 r where it is not given."""
+    for name in ("lora", "adalora"):
+        for alpha, scaling in ((None, 2.0), (7.0, 7.0 / r)):
+            adapted = load_adapted(base, None, torch.float32)[0]
+            put_new(adapted, name, Settings(r=r, alpha=alpha))
+            assert {round(layer.scaling, 12) for layer in adapter_layers(adapted).values()} == {round(scaling, 12)}
+
+
+def test_virtual_tokens_begin_as_was_asked_for(base):
+    def layer(name, **settings):
+        model = load_adapted(base, None, torch.float32)[0]
+        put_new(model, name, Settings(n_virtual=3, **settings))
+        return next(iter(adapter_layers(model).values()))
+
+    plain, words = load_adapted(base, None, torch.float32)[0], [7, 11, 13]
+    assert torch.equal(layer("prompt", words=words).P, plain.model.embed_tokens.weight[words])
+    assert torch.equal(layer("prefix", words=words).P, PrefixTuning(plain.model, n_virtual=3, words=words).P)
+    assert layer("prefix", mlp_features=5).mlp[0].out_features == 5
 
 
 def test_help_tells_of_every_method_with_its_own_words_and_rate():
@@ -200,7 +243,8 @@ def test_help_tells_of_every_method_with_its_own_words_and_rate():
 def test_a_weight_decay_pulls_at_something_or_is_refused(name, base, data, tmp_path, capsys):
     words = [*words_for(name, base, data, tmp_path / "out"), "--weight-decay", "0.1"]
     if METHODS[name].decays:
-        assert run(*words) == 0
+        groups = learning_of(name, load_adapted(base, None, torch.float32)[0]).optimizer.param_groups
+        assert any(group["weight_decay"] == 0.5 for group in groups)
         return
     assert run(*words) == 2
     told = f"--weight-decay pulls to zero, where the model of --method {name} is not the base's: leave it out"
