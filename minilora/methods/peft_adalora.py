@@ -11,7 +11,7 @@ Read before this file: adalora, torch_lora/peft_layers.
 """
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from minilora.torch_lora.config import LoRAConfig, is_count
 from minilora.torch_lora.layers import features_of
 from minilora.torch_lora.peft_config import CONFIG_FILE, problems_in, read_json_object
 from minilora.torch_lora.peft_format import shortest_targets
-from minilora.torch_lora.peft_layers import Tensors, layers_of, load_layers, write_layers
+from minilora.torch_lora.peft_layers import Tensors, as_it_is, layers_of, load_layers, write_layers
 
 KEYS = {"A": ".lora_A", "B": ".lora_B", "E": ".lora_E"}
 SCHEDULE = {"beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"}
@@ -70,11 +70,19 @@ def save_adalora(
     write_layers(model, folder, tensors, config, base_name, base_sha256, has_biases=True)
 
 
-def load_adalora(model: nn.Module, folder: str | Path, *, base_sha256: str | None = None) -> RankReport:
+def load_adalora(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_sha256: str | None = None,
+    keep: Callable[[nn.Module], nn.Module] = as_it_is,
+) -> RankReport:
     """Read an AdaLoRA adapter of PEFT's into a model, strictly: every tensor is used and every slot is filled.
 
     Where the model has no adapters they are made; where it has, they must be the file's. Triplets that were pruned are
     zero in P and Q too, and stay so. Everything is checked before the model is touched.
+
+    `keep` gives a linear layer the form that it had under the adapter: qlora.linear.kept_as makes it.
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
@@ -91,7 +99,7 @@ def load_adalora(model: nn.Module, folder: str | Path, *, base_sha256: str | Non
         return _misfits(name, module, tensors, its, sum(kept[name]) if name in kept else its.r)
 
     def wrap(name: str, base: nn.Module, tensors: Tensors) -> AdaLoRALinear:
-        return adalora_layer(base, r=its.r, alpha=its.alpha, dropout=its.dropout)
+        return adalora_layer(keep(base), r=its.r, alpha=its.alpha, dropout=its.dropout)
 
     def fill(name: str, layer: AdaLoRALinear, tensors: Tensors) -> None:
         _fill(layer, tensors, torch.tensor(kept.get(name, [True] * its.r)))

@@ -11,6 +11,7 @@ Read before this file: prompt, torch_lora/peft_files.
 """
 
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from minilora.llm.model import Transformer
 from minilora.methods.prompt import PrefixTuning, PromptTuning, VirtualTokens
 from minilora.torch_lora.adapter_layer import StoresNoFloats
-from minilora.torch_lora.inject import InjectReport, adapter_layers, count_parameters, inject
+from minilora.torch_lora.inject import ALL_LINEAR, InjectReport, adapter_layers, count_parameters, inject
 from minilora.torch_lora.peft_config import CONFIG_FILE, config_sha256, read_json_object
 from minilora.torch_lora.peft_files import (
     BASE_FORM,
@@ -32,6 +33,7 @@ from minilora.torch_lora.peft_files import (
     warn_of_another_form,
     write_adapter,
 )
+from minilora.torch_lora.peft_layers import as_it_is
 from minilora.torch_lora.replaced import all_finite
 
 KEY = "prompt_embeddings"
@@ -76,12 +78,20 @@ def save_prompt(
     write_adapter(folder, config, {KEY: P.float()}, {"base_sha256": base_sha256, BASE_FORM: _form_of(layer.base)})
 
 
-def load_prompt(model: nn.Module, folder: str | Path, *, base_sha256: str | None = None) -> InjectReport:
+def load_prompt(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_sha256: str | None = None,
+    keep: Callable[[nn.Module], nn.Module] = as_it_is,
+) -> InjectReport:
     """Read prefix or prompt tuning, whichever PEFT's folder holds, into a model of minilora's own.
 
     A model that has virtual tokens already must have the file's kind and number of them, without an MLP. Everything is
     checked before the model is touched. A base other than the one named in the file (by its SHA-256, where both are
     known), or stored in another form, is warned of.
+
+    `keep` gives every linear layer the form that it had under them: qlora.linear.kept_as makes it.
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
@@ -108,6 +118,8 @@ def load_prompt(model: nn.Module, folder: str | Path, *, base_sha256: str | None
     if problems:
         raise ValueError(f"{folder} does not fit this model:\n  " + "\n  ".join(problems))
     warn_of_another_base(metadata.get("base_sha256"), base_sha256)
+    if layer is None:
+        inject(base, ALL_LINEAR, keep)
     warn_of_another_form(metadata.get(BASE_FORM, ""), _form_of(base))
     if layer is None:
         layer = kind(base, n_virtual=len(tensors[KEY]))

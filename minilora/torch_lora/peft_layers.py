@@ -106,6 +106,11 @@ def read_config_of(
     return config
 
 
+def as_it_is(base: nn.Module) -> nn.Module:
+    """Leave a base layer in the form that it has."""
+    return base
+
+
 def fill_whole(name: str, layer: AdapterLayer, tensors: Tensors) -> None:
     """Put a file's tensors where the layer has them, of the same numbers in its own shape."""
     for ours, tensor in layer.adapter_tensors().items():
