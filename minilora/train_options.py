@@ -82,7 +82,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     add(
         "--eval-data",
         metavar="FILE",
-        help="JSONL of samples to measure on, what was gained and forgotten; the best adapter is kept in best/",
+        help="JSONL of samples to measure on, what was gained and forgotten; the best is kept in best/",
     )
     add("--eval-every", type=int, metavar="N", help="steps from measurement to measurement (default 50)")
     add("--patience", type=int, metavar="N", help="stop after N measurements without a lower loss")

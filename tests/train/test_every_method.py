@@ -67,6 +67,17 @@ def test_it_trains_and_its_folder_opens(name, base, data, tmp_path, capsys):
     assert run("chat", "3?", "--max-new-tokens", "4", *opens) == 0
 
 
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_what_is_said_of_the_last_and_of_the_best_opens(name, base, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(*words_for(name, base, data, out), "--eval-data", data, "--eval-every", "3") == 0
+    places = dict(re.findall(r"^(adapter|model|best) +(\S+)   \(", capsys.readouterr().out, re.MULTILINE))
+    assert list(places) == ["adapter" if METHODS[name].save else "model", "best"]
+    for place in places.values():
+        opens = ["--base", base, "--adapter", place] if METHODS[name].save else ["--base", place]
+        assert run("chat", "3?", "--max-new-tokens", "1", *opens) == 0
+
+
 @pytest.mark.parametrize("name", ["adalora", "olora", "ia3", "houlsby", "prefix", "prompt"])
 def test_it_is_merged_or_refused_in_one_line_with_a_way_out(name, base, data, tmp_path, capsys):
     out = tmp_path / "out"
