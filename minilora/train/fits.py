@@ -25,7 +25,7 @@ def bytes_needed(arch: Architecture, setup: Setup) -> int:
     """
     loading = base_params(arch) * setup.width_bytes
     if setup.is_in_4_bits:
-        loading += weight_bytes(arch, setup.dtype, in_4_bits=True)
+        loading += weight_bytes(arch, setup.weights_dtype, in_4_bits=True)
     return max(int(MARGIN * training_bytes(arch, setup).total), loading)
 
 

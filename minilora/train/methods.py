@@ -61,7 +61,6 @@ class Method:
     save: Callable[..., None] | None = save_adapter
     report: Callable[[nn.Module], str] = lambda model: ""  # of what it found, in lines
     lr: float = 2e-4  # where none is given
-    r: int = 16
     in_processes: bool = False  # torchrun's; tested with these
     decays: bool = True  # whether a weight decay has something to pull at: torch_lora/decay
 
@@ -271,7 +270,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         ),
         "galore": Method(
             lr=1e-3,
-            r=128,
             does="all weights, with moments of projected gradients",
             uses=frozenset({"r", "refresh", "galore_scale"}),
             put=_all_weights,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minilora.llm.architectures import ALL_LINEAR
+from minilora.llm.setup import default_start_r
 from minilora.torch_lora.config import LoRAConfig, is_count
 
 
@@ -66,7 +67,7 @@ class Settings:
     @property
     def first_r(self) -> int:
         """AdaLoRA's rank at the start."""
-        return -(-3 * self.r // 2) if self.start_r is None else self.start_r
+        return default_start_r(self.r) if self.start_r is None else self.start_r
 
     @property
     def first_alpha(self) -> float:

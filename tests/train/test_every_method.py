@@ -10,9 +10,12 @@ from safetensors.torch import load_file
 from tiny_run import write_base, write_data
 
 from minilora import cli
+from minilora.llm import size_command
+from minilora.llm.setup import USED_BY
+from minilora.llm.tokenizer import load_tokenizer
 from minilora.methods import AdaLoRALinear, HoulsbyLinear, PrefixTuning, PromptTuning, RankSchedule, orthogonality
 from minilora.torch_lora.inject import adapter_layers
-from minilora.train import finetune
+from minilora.train import command, finetune, fits, plan
 from minilora.train.adapted import load_adapted
 from minilora.train.finetune import Recipe
 from minilora.train.methods import GAMMA, METHODS, put_new
@@ -240,6 +243,42 @@ def test_virtual_tokens_begin_as_was_asked_for(base):
     assert torch.equal(layer("prompt", words=words).P, plain.model.embed_tokens.weight[words])
     assert torch.equal(layer("prefix", words=words).P, PrefixTuning(plain.model, n_virtual=3, words=words).P)
     assert layer("prefix", mlp_features=5).mlp[0].out_features == 5
+
+
+@pytest.mark.parametrize("options", [[], ["-r", "6", "--dtype", "fp32"]], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_size_takes_for_granted_what_train_does(name, options, base):
+    trains, sizes = cli.Parser(), cli.Parser()
+    cli._train_arguments(trains)
+    cli._size_arguments(sizes)
+    words = [*(options if "r" in METHODS[name].uses else options[2:]), "--method", name]
+    args = trains.parse_args(["--data", "data", "--out", "out", *words])
+    (setup,) = size_command.setups_of(sizes.parse_args(["gpt2", *words]), [name])
+    settings = plan.settings_of(args, load_tokenizer(base))
+    assert setup.weights_dtype == plan.dtype_of(args)
+    if "r" in METHODS[name].uses:
+        assert setup.asked_r == settings.r
+        assert setup.first_r == (settings.first_r if name == "adalora" else settings.r)
+    assert (setup.bottleneck, setup.n_virtual, setup.mlp_features) == (
+        settings.bottleneck,
+        settings.n_virtual,
+        settings.mlp_features,
+    )
+    assert setup.targets == settings.targets
+    for setting, users in USED_BY.items():
+        assert setting == "master_weights" or (name in users) == (setting in METHODS[name].uses)
+
+
+@pytest.mark.parametrize("name", ["full", "galore"])
+def test_4_bits_are_proposed_as_they_would_be_trained(name, base, data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(plan, "check_fits", lambda arch, setup, *rest: asked.append(setup))
+    monkeypatch.setattr(command, "load_base", None)  # it ends there
+    with pytest.raises(TypeError):
+        run(*words_for(name, base, data, tmp_path / "out")[: -4 if name == "galore" else None])
+    ways = {" ".join(options): setup for options, setup in fits.smaller(asked[0])}
+    assert (ways["--method qlora"].weights_dtype, ways["--method qlora"].first_r) == ("bf16", 16)
+    assert (asked[0].weights_dtype, asked[0].first_r) == ("fp32", 128 if name == "galore" else 16)
 
 
 def test_help_tells_of_every_method_with_its_own_words_and_rate():
