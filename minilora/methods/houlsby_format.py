@@ -8,7 +8,6 @@ The bottleneck is read from the shapes. Layer norms that train (train_modules) a
 `adapters` has other files, which are not read here. Read before this file: houlsby, torch_lora/peft_layers.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from minilora.methods.houlsby import NONLINEARITIES, HoulsbyLinear
 from minilora.torch_lora.adapter_layer import AdapterLayer
 from minilora.torch_lora.inject import InjectReport
 from minilora.torch_lora.layers import features_of
-from minilora.torch_lora.peft_layers import as_it_is, layers_of, load_layers, read_config_of, write_layers
+from minilora.torch_lora.peft_layers import Keep, as_it_is, layers_of, load_layers, read_config_of, write_layers
 
 KEYS = {name: f".{name}" for name in ("W_down", "b_down", "W_up", "b_up")}
 
@@ -46,11 +45,7 @@ def save_houlsby(
 
 
 def load_houlsby(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    base_sha256: str | None = None,
-    keep: Callable[[nn.Module], nn.Module] = as_it_is,
+    model: nn.Module, folder: str | Path, *, base_sha256: str | None = None, keep: Keep = as_it_is
 ) -> InjectReport:
     """Read what save_houlsby wrote into a model, strictly; the layers are made where the model has no adapter.
 

@@ -11,7 +11,7 @@ Read before this file: adalora, torch_lora/peft_layers.
 """
 
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from minilora.torch_lora.config import LoRAConfig, is_count
 from minilora.torch_lora.layers import features_of
 from minilora.torch_lora.peft_config import CONFIG_FILE, problems_in, read_json_object
 from minilora.torch_lora.peft_format import shortest_targets
-from minilora.torch_lora.peft_layers import Tensors, as_it_is, layers_of, load_layers, write_layers
+from minilora.torch_lora.peft_layers import Keep, Tensors, as_it_is, layers_of, load_layers, write_layers
 
 KEYS = {"A": ".lora_A", "B": ".lora_B", "E": ".lora_E"}
 SCHEDULE = {"beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"}
@@ -71,11 +71,7 @@ def save_adalora(
 
 
 def load_adalora(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    base_sha256: str | None = None,
-    keep: Callable[[nn.Module], nn.Module] = as_it_is,
+    model: nn.Module, folder: str | Path, *, base_sha256: str | None = None, keep: Keep = as_it_is
 ) -> RankReport:
     """Read an AdaLoRA adapter of PEFT's into a model, strictly: every tensor is used and every slot is filled.
 

@@ -8,7 +8,6 @@ PEFT takes a layer for one of feedforward_modules if its name ends in one of the
 before this file: ia3, torch_lora/peft_layers.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,15 @@ from minilora.torch_lora.adapter_layer import AdapterLayer
 from minilora.torch_lora.inject import InjectReport
 from minilora.torch_lora.layers import features_of
 from minilora.torch_lora.peft_format import shortest_targets
-from minilora.torch_lora.peft_layers import are_names, as_it_is, layers_of, load_layers, read_config_of, write_layers
+from minilora.torch_lora.peft_layers import (
+    Keep,
+    are_names,
+    as_it_is,
+    layers_of,
+    load_layers,
+    read_config_of,
+    write_layers,
+)
 
 KEYS = {"l": ".ia3_l"}
 KNOWN = {"feedforward_modules", "init_ia3_weights"}
@@ -49,11 +56,7 @@ def save_ia3(
 
 
 def load_ia3(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    base_sha256: str | None = None,
-    keep: Callable[[nn.Module], nn.Module] = as_it_is,
+    model: nn.Module, folder: str | Path, *, base_sha256: str | None = None, keep: Keep = as_it_is
 ) -> InjectReport:
     """Read PEFT's IA³ adapter into a model, strictly; its layers are made where the model has no adapter.
 

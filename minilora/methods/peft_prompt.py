@@ -11,7 +11,6 @@ Read before this file: prompt, torch_lora/peft_files.
 """
 
 import reprlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from minilora.torch_lora.peft_files import (
     warn_of_another_form,
     write_adapter,
 )
-from minilora.torch_lora.peft_layers import as_it_is
+from minilora.torch_lora.peft_layers import Keep, as_it_is
 from minilora.torch_lora.replaced import all_finite
 
 KEY = "prompt_embeddings"
@@ -79,11 +78,7 @@ def save_prompt(
 
 
 def load_prompt(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    base_sha256: str | None = None,
-    keep: Callable[[nn.Module], nn.Module] = as_it_is,
+    model: nn.Module, folder: str | Path, *, base_sha256: str | None = None, keep: Keep = as_it_is
 ) -> InjectReport:
     """Read prefix or prompt tuning, whichever PEFT's folder holds, into a model of minilora's own.
 
@@ -111,19 +106,15 @@ def load_prompt(
     if not isinstance(base, Transformer):
         raise TypeError(f"{type(model).__name__} is not minilora's own Decoder: load_model(name) gives one")
     problems = _config_problems(config, _sizes(base, kind)) + _tensor_problems(tensors, config, base, kind)
-    n_virtual = config.get("num_virtual_tokens")
-    if layer is not None and (type(layer) is not kind or layer.n_virtual != n_virtual or has_mlp(layer)):
-        has = layer.describe() + (" with an MLP" if has_mlp(layer) else "")
-        problems.append(f"the model has {has} already: remove(model) first, and let load_prompt make the layer")
+    problems += _layer_problems(layer, kind, config)
     if problems:
         raise ValueError(f"{folder} does not fit this model:\n  " + "\n  ".join(problems))
     warn_of_another_base(metadata.get("base_sha256"), base_sha256)
     if layer is None:
         inject(base, ALL_LINEAR, keep)
-    warn_of_another_form(metadata.get(BASE_FORM, ""), _form_of(base))
-    if layer is None:
         layer = kind(base, n_virtual=len(tensors[KEY]))
         inject(model, ["model"], lambda _: layer)
+    warn_of_another_form(metadata.get(BASE_FORM, ""), _form_of(base))
     with torch.no_grad():
         layer.P.copy_(tensors[KEY])
     return InjectReport({"model": ["model"]}, count_parameters(model))
@@ -188,6 +179,14 @@ def _tensor_problems(tensors: dict[str, Any], config: dict[str, Any], base: Tran
     elif not all_finite(P):
         problems.append(f"{KEY}: holds NaN or infinite values")
     return problems
+
+
+def _layer_problems(layer: VirtualTokens | None, kind: Kind, config: dict[str, Any]) -> list[str]:
+    n_virtual = config.get("num_virtual_tokens")
+    if layer is None or (type(layer) is kind and layer.n_virtual == n_virtual and not has_mlp(layer)):
+        return []
+    has = layer.describe() + (" with an MLP" if has_mlp(layer) else "")
+    return [f"the model has {has} already: remove(model) first, and let load_prompt make the layer"]
 
 
 def _form_of(base: nn.Module) -> str:

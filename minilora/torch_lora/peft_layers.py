@@ -40,6 +40,7 @@ from minilora.torch_lora.replaced import replace_tensors, replaced_tensors, warn
 
 Tensors = dict[str, Tensor]  # of one layer, by our names
 Found = dict[str, Tensors]  # by layer
+Keep = Callable[[nn.Module], nn.Module]  # a linear layer → the same in the form that lay under an adapter
 
 
 def write_layers(

@@ -91,8 +91,24 @@ def train_here(
     model, tokenizer = load_base(args.base, DTYPES[dtype_of(args)])
     torch.manual_seed(args.seed + rank)  # of dropout
     put_method(model, args, plan.settings)
+    training = trained(model, tokenizer, plan, args, rank, world)
+    if rank == 0:
+        save(model, out, args, tokenizer)
+        print(METHODS[args.method].report(model), end="")
+    return told(training, args, world)
+
+
+def trained(
+    model: Decoder, tokenizer: Tokenizer, plan: Plan, args: argparse.Namespace, rank: int, world: int
+) -> Training:
+    """Train the model, in place, as planned; if it breaks off, what was learnt before is saved.
+
+    Raises:
+        FloatingPointError: if it breaks off.
+    """
+    out = Path(args.out)
     try:
-        training = fine_tune(
+        return fine_tune(
             model,
             plan.samples,
             plan.recipe,
@@ -102,15 +118,11 @@ def train_here(
             judged_by=judges(args, plan, tokenizer, lambda step: save(model, out / BEST, args, tokenizer)),
             together=in_processes(model, args, rank),
         )
-    except FloatingPointError:  # what was learnt before is whole
+    except FloatingPointError:
         if rank == 0:
             save(model, out, args, tokenizer)
             print(where(args))
         raise
-    if rank == 0:
-        save(model, out, args, tokenizer)
-        print(METHODS[args.method].report(model), end="")
-    return told(training, args, world)
 
 
 def refuse_used(out: Path) -> None:

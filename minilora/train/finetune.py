@@ -137,38 +137,39 @@ def fine_tune(
     """
     batches = recipe.batches(samples, pad)
     learns = learning(model, recipe, len(batches))
-    optimizer = learns.optimizer
-    done = saving.resumed(model, optimizer, learns.beside) if saving else 0
+    done = saving.resumed(model, learns.optimizer, learns.beside) if saving else 0
     if together:
         together.check_same(done)
     tells = together is None or together.rank == 0
     saving = saving if tells else None
+    log = MetricsLog(saving.path.with_name(METRICS), done) if saving else None
+    if log and judged_by and (reason := judged_by.rules.verdict(log.measured)):
+        return Training([], reason)
     with progress_bar(len(batches), done, shown=tells) as bar:
-        listeners: list[Callable[[Step], str | None]] = [bar, health_check(model, tqdm.write)] if tells else []
-        if saving:
-            log = MetricsLog(saving.path.with_name(METRICS), done)
-            judging = [judge(model, judged_by, log, tqdm.write)] if judged_by else []
-            listeners += [
-                log,
-                *judging,
-                saving.listener(model, optimizer, learns.beside),
-            ]  # in this order: what is saved is judged
-            if judged_by and (reason := judged_by.rules.verdict(log.measured)):
-                return Training([], reason)
         training = train(
             model,
             batches,
-            optimizer,
+            learns.optimizer,
             recipe.schedule(len(batches)),
             recipe.max_grad_norm,
-            listeners,
+            [bar, health_check(model, tqdm.write), *keepers(model, learns, saving, log, judged_by)] if tells else [],
             done=done,
             gradients=with_penalty(together.gradients if together else in_parts(recipe.n_parts), learns.penalty),
             anywhere=together.anywhere if together else bool,
         )
     if saving and training.steps:
-        saving.save(model, optimizer, training.steps[-1].number, learns.beside)
+        saving.save(model, learns.optimizer, training.steps[-1].number, learns.beside)
     return training
+
+
+def keepers(
+    model: nn.Module, learns: Learning, saving: Saving | None, log: MetricsLog | None, judged_by: Judges | None
+) -> list[Callable[[Step], str | None]]:
+    """The listeners that write something down, in this order: what is saved is judged."""
+    if saving is None or log is None:
+        return []
+    judging = [judge(model, judged_by, log, tqdm.write)] if judged_by else []
+    return [log, *judging, saving.listener(model, learns.optimizer, learns.beside)]
 
 
 def with_penalty(
