@@ -150,7 +150,10 @@ def _with_loraplus(s: Settings) -> Callable[[nn.Module, Recipe, int], Learning]:
 
 
 def _with_budget(s: Settings) -> Callable[[nn.Module, Recipe, int], Learning]:
-    """AdaLoRA's: ranks fall from a tenth of the steps to seven tenths, and the last three tenths tune what is left."""
+    """AdaLoRA's: ranks fall from a tenth of the steps to seven tenths, and the last three tenths tune what is left.
+
+    An adapter that is saved before then, as the best of a run may be, has the ranks of its step.
+    """
 
     def begin(model: nn.Module, recipe: Recipe, n_steps: int) -> Learning:
         optimizer = by_adamw(model, recipe, n_steps).optimizer
