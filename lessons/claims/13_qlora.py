@@ -1,0 +1,262 @@
+"""13 · `QLoRALinear`
+
+The claims for this lesson: what a 4-bit base takes, what is cast, and who wrote it.
+"""
+
+import logging
+import warnings
+
+from minilora.classroom.claims import (
+    EXPLAINER,
+    FAMILY,
+    REVOLUTION,
+    STICKY_NOTE,
+    Claim,
+    Finding,
+    Unsettled,
+)
+from minilora.llm.architectures import ARCHITECTURES, Architecture
+from minilora.llm.setup import Setup
+from minilora.llm.sizes import base_params, lora_params, weight_bytes
+from minilora.llm.training_memory import training_bytes
+
+LLAMA_65B = Architecture("llama", 80, 8192, 22016, 64, 64, 128, 32000)
+LARGEST_CONSUMER_GIB = 32  # GeForce RTX 5090
+SMALLEST = Setup(method="qlora", r=16, optimizer="adamw-8bit", batch=1, seq=512, checkpointing=True)
+
+
+def in_4_bits(arch: Architecture) -> float:
+    """GB of a base in NF4, embeddings and head in 16 bits."""
+    return weight_bytes(arch, "bf16", in_4_bits=True) / 1e9
+
+
+def base_of_35() -> Finding:
+    """The 70B models in 4 bits."""
+    gb = {name: in_4_bits(ARCHITECTURES[name.lower()]) for name in ("Llama-2-70B", "Llama-3-70B")}
+    return Finding(
+        cases={name: abs(size / 35 - 1) < 0.05 for name, size in gb.items()},
+        found="linear weights at 4.127 bits, embeddings and head in 16: "
+        f"{', '.join(f'{v:.1f} GB' for v in gb.values())}",
+    )
+
+
+def train_in_24() -> Finding:
+    """The weights alone, beside 24 GB."""
+    gb = {name: in_4_bits(ARCHITECTURES[name.lower()]) for name in ("Llama-2-70B", "Llama-3-70B")}
+    return Finding(
+        cases={name: size < 24 for name, size in gb.items()},
+        found=f"the weights alone are {' and '.join(f'{v:.1f} GB' for v in gb.values())}; checkpointing makes no "
+        "weight "
+        "smaller",
+    )
+
+
+def fits(arch: Architecture, gib: int) -> tuple[bool, str]:
+    """Whether the smallest usual training fits, with what it takes."""
+    used = training_bytes(arch, SMALLEST)
+    return used.total <= gib * 2**30, f"{used.total / 1e9:.1f} GB, of which {used.weights / 1e9:.1f} are weights"
+
+
+def on_48() -> Finding:
+    """LLaMA-65B and Llama-2-70B, the smallest usual training."""
+    told = {"LLaMA-65B": fits(LLAMA_65B, 48), "Llama-2-70B": fits(ARCHITECTURES["llama-2-70b"], 48)}
+    return Finding(
+        cases=all(is_so for is_so, _ in told.values()),
+        found="r = 16 on all linear layers, one row of 512 tokens, checkpointing, 8-bit Adam: "
+        + "; ".join(f"{name} {text}" for name, (_, text) in told.items())
+        + " (activations estimated; `minilora size`)",
+    )
+
+
+def on_consumer() -> Finding:
+    """The weights of LLaMA-65B beside the largest consumer card."""
+    n_bytes = weight_bytes(LLAMA_65B, "bf16", in_4_bits=True)
+    return Finding(
+        cases=n_bytes < LARGEST_CONSUMER_GIB * 2**30,
+        found=f"its weights alone are {n_bytes / 2**30:.1f} GiB in 4 bits, a GeForce RTX 5090 has "
+        f"{LARGEST_CONSUMER_GIB}; the QLoRA paper (arXiv 2305.14314) says one GPU of 48 GB",
+    )
+
+
+def trained_of_70b() -> Finding:
+    """r = 16 on two sets of layers."""
+    arch = ARCHITECTURES["llama-3-70b"]
+    counts = {
+        "on q k v o": lora_params(arch, 16, ("q_proj", "k_proj", "v_proj", "o_proj")),
+        "on all linear layers (as its configuration has it)": lora_params(arch, 16),
+    }
+    return Finding(
+        cases={name: abs(n / 67e6 - 1) < 0.05 for name, n in counts.items()},
+        found="; ".join(f"{n:,} ({n / base_params(arch):.2%}) {name}" for name, n in counts.items()),
+    )
+
+
+def tiny_llama(dtype):
+    """transformers' Llama of 16 features."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=16, num_key_value_heads=2, **sizes)
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def kbit_preparation() -> Finding:
+    """What it casts of a bfloat16 model, whose linear weights would be 4-bit ones and stay."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import peft
+    import torch
+
+    model = peft.prepare_model_for_kbit_training(tiny_llama(torch.bfloat16), use_gradient_checkpointing=False)
+    cast = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    norms = {name for name in cast if "norm" in name}
+    ends = {name for name in cast if "embed_tokens" in name or "lm_head" in name}
+    llama = ARCHITECTURES["llama-3-8b"]
+    n = 2 * llama.vocab * llama.hidden
+    return Finding(
+        cases={"the norms among others": bool(norms), "the norms alone": not ends},
+        found=f"PEFT {peft.__version__} casts everything that is not 4-bit, embeddings and head too: of Llama-3-8B "
+        f"{n:,} parameters, {2 * n / 1e9:.1f} GB more than in bfloat16",
+    )
+
+
+def adapters_in_16_bits() -> Finding:
+    """The dtype of A and B over a bfloat16 base, in PEFT as called and with its option."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import peft
+    import torch
+
+    kinds = {}
+    for name, autocast in {"PEFT with autocast_adapter_dtype=False": False, "PEFT as it is": True}.items():
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model = peft.get_peft_model(tiny_llama(torch.bfloat16), config, autocast_adapter_dtype=autocast)
+        kinds[name] = {p.dtype for p in model.parameters() if p.requires_grad}
+    return Finding(
+        cases={name: dtypes == {torch.bfloat16} for name, dtypes in kinds.items()},
+        found=f"PEFT {peft.__version__} makes A and B float32 over a bfloat16 base unless told otherwise; so do we",
+    )
+
+
+def within_two_points() -> Finding:
+    """Table 4 of the paper."""
+    mmlu = {"BF16": 53.0, "FP4": 52.2, "NF4 with double quantization": 53.1}
+    lost = mmlu["BF16"] - mmlu["NF4 with double quantization"]
+    return Finding(
+        cases=lost <= 2,
+        found="by the QLoRA paper's Table 4 the mean of MMLU over LLaMA 7B to 65B is "
+        + ", ".join(f"{value} ({name})" for name, value in mmlu.items()),
+    )
+
+
+def authors() -> Finding:
+    """The authors of arXiv 2305.14314."""
+    paper = ("Tim Dettmers", "Artidoro Pagnoni", "Ari Holtzman", "Luke Zettlemoyer")
+    return Finding(
+        cases="Ashish Sharma" in paper,
+        found=f"arXiv 2305.14314: {', '.join(paper)}; the article's own list of references has it right",
+    )
+
+
+def flash_by_default() -> Finding:
+    """What a model of transformers chooses when nothing is said."""
+    import torch
+    import transformers
+
+    chosen = tiny_llama(torch.float32).config._attn_implementation
+    return Finding(
+        cases=chosen == "flash_attention_2",
+        found=f"transformers {transformers.__version__} chooses {chosen!r}: torch's scaled_dot_product_attention, "
+        "which "
+        "picks a kernel itself",
+    )
+
+
+CLAIMS = [
+    Claim(
+        id="13.base-of-35-gb",
+        fact="In 4 bits a 70B base takes about 35 GB.",
+        source=STICKY_NOTE,
+        settle=base_of_35,
+        verdict="holds when",
+    ),
+    Claim(
+        id="13.70b-in-24-gb",
+        fact="With gradient checkpointing QLoRA trains a 70B model in about 24 GB.",
+        source=f"{FAMILY}, its table for 70B",
+        settle=train_in_24,
+        verdict="does not hold",
+    ),
+    Claim(
+        id="13.on-48-gb",
+        fact="QLoRA trains a 65B model, and Llama-70B, on one GPU of 48 GB.",
+        source=STICKY_NOTE,
+        settle=on_48,
+        verdict="holds",
+    ),
+    Claim(
+        id="13.consumer-gpu",
+        fact="QLoRA trains a 65B model on one consumer GPU.",
+        source=f"{EXPLAINER}, “Key Takeaways”",
+        settle=on_consumer,
+        verdict="does not hold",
+    ),
+    Claim(
+        id="13.trained-of-70b",
+        fact="r = 16 trains about 67M parameters of a 70B model, 0.1 %.",
+        source=f"{FAMILY}, its table for 70B",
+        settle=trained_of_70b,
+        verdict="holds when",
+    ),
+    Claim(
+        id="13.kbit-preparation",
+        fact="prepare_model_for_kbit_training() casts the layer norms to float32.",
+        source=f"{FAMILY}, its QLoRA pipeline",
+        settle=kbit_preparation,
+        verdict="holds when",
+    ),
+    Claim(
+        id="13.adapters-in-16-bits",
+        fact="The adapters are trained in 16 bits.",
+        source=f"{EXPLAINER}, “QLoRA: LoRA on a Quantized Model”",
+        settle=adapters_in_16_bits,
+        verdict="holds when",
+    ),
+    Claim(
+        id="13.within-two-points",
+        fact="4-bit training stays within 1 to 2 points of 16 bits.",
+        source=f"{FAMILY}, on QLoRA",
+        settle=within_two_points,
+        verdict="holds",
+    ),
+    Claim(
+        id="13.authors",
+        fact="Ashish Sharma is one of QLoRA's authors.",
+        source=f"{REVOLUTION}, “QLoRA: Pushing Efficiency Further”",
+        settle=authors,
+        verdict="does not hold",
+    ),
+    Claim(
+        id="13.flash-by-default",
+        fact="Most ways to load a model now default to FlashAttention 2.",
+        source=f"{FAMILY}, on Flash Attention",
+        settle=flash_by_default,
+        verdict="does not hold",
+    ),
+]
+UNSETTLED = [
+    Unsettled(
+        id="13.7b-in-8-gb",
+        fact="QLoRA trains Llama-2-7B on one GPU of 8 GB.",
+        source=f"{REVOLUTION}, “The Combined Effect”",
+        needs="its own run (4 × 512 tokens, r = 16 on all linear layers, checkpointing, paged 8-bit Adam) on "
+        "such a card. "
+        "The weights are 3.9 GB, 4.4 with embeddings and head in float32",
+    ),
+    Unsettled(
+        id="13.nan-without-preparation",
+        fact="Without prepare_model_for_kbit_training() the loss may become NaN.",
+        source=f"{FAMILY}, its QLoRA pipeline",
+        needs="a training of some hundred steps with it and without it, in bfloat16 and in float16, on a GPU",
+    ),
+]
