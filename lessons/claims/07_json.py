@@ -32,7 +32,7 @@ def complete_example() -> Finding:
     text = "extract as json : ada response : { name : ada }"
     stops = [tokenizer.eos_token_id in labels(each) for each in (text, f"{text} </s>")]
     return Finding(
-        cases={"to say the answer": WORDS.index("}") in labels(text), "to stop after it": any(stops)},
+        cases={"it is to say the answer": WORDS.index("}") in labels(text), "it is to stop after it": any(stops)},
         found="no text ends in the end token; and where one is appended by hand, its label is −100 like the padding's "
         f"(transformers {transformers.__version__})",
     )
@@ -80,7 +80,7 @@ def logged_gradient() -> Finding:
     return Finding(
         cases=min(seen["on_step_end"]) > 0,
         found="it logs 0 at every step: the gradients are cleared before on_step_end; on_pre_optimizer_step sees them "
-        f"(run with transformers {transformers.__version__})",
+        f"(transformers {transformers.__version__})",
     )
 
 

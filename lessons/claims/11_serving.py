@@ -48,14 +48,15 @@ def s_lora() -> Finding:
     )
 
 
+VLLM = {"max_loras": "slots on the GPU", "max_cpu_loras": "adapters in the CPU's memory"}  # 0.11.0, as read in 2026
+
+
 def max_loras() -> Finding:
-    """What vLLM's two settings bound."""
-    slots = {"on the GPU": "max_loras", "in the CPU's memory": "max_cpu_loras"}
+    """What vLLM's setting bounds."""
     return Finding(
-        cases=slots["on the GPU"] == "max_loras",
-        found="by vLLM's config/lora.py (0.11.0) and lora/model_manager.py it is the number of slots on the GPU, "
-        "and so "
-        "of adapters in one batch; the default is 1. Many more can be registered: max_cpu_loras bounds those in memory",
+        cases=VLLM["max_loras"] == "slots on the GPU",
+        found="by vLLM's config/lora.py and lora/model_manager.py (0.11.0) it is the number of slots on the GPU, and "
+        "so of adapters in one batch; the default is 1. Many more can be registered: max_cpu_loras bounds those in memory",
     )
 
 

@@ -45,12 +45,12 @@ def lower_error() -> Finding:
 def scaling_constants() -> Finding:
     """One fp32 number for 64 weights."""
     counts = {
-        "of 7 · 10⁹ weights": 7e9 / 64,
-        "of Llama-2-7B's linear layers": linear_weights(ARCHITECTURES["llama-2-7b"]) / 64,
+        "there are 7 · 10⁹ weights": 7e9 / 64,
+        "they are Llama-2-7B's linear layers": linear_weights(ARCHITECTURES["llama-2-7b"]) / 64,
     }
     return Finding(
         cases={name: round(n / 1e7) == 11 for name, n in counts.items()},
-        found=" and ".join(f"{n / 1e6:.1f}M or {4 * n / 1e6:.0f} MB {name}" for name, n in counts.items()),
+        found=" and ".join(f"{n / 1e6:.1f}M or {4 * n / 1e6:.0f} MB" for n in counts.values()),
     )
 
 
@@ -66,8 +66,11 @@ def double_quantization() -> Finding:
 
 def four_times() -> Finding:
     """bf16 bytes over 4-bit bytes, of the linear layers and of whole models."""
-    ratios = {"Llama-2-7B's linear layers": 16 * 4096**2 / (8 * nf4_bytes(4096**2))}
-    for name, told in {"llama-2-7b": "all of Llama-2-7B", "llama-3-8b": "all of Llama-3-8B"}.items():
+    ratios = {"linear layers are counted": 16 * 4096**2 / (8 * nf4_bytes(4096**2))}
+    for name, told in {
+        "llama-2-7b": "all of Llama-2-7B is counted",
+        "llama-3-8b": "all of Llama-3-8B is counted",
+    }.items():
         arch = ARCHITECTURES[name]
         ratios[told] = 2 * base_params(arch) / weight_bytes(arch, "bf16", in_4_bits=True)
     return Finding(

@@ -44,7 +44,7 @@ def prompt_of_100() -> Finding:
     models = {"Llama-2-7B": "llama-2-7b", "Llama-3-8B": "llama-3-8b", "Llama-2-70B": "llama-2-70b"}
     counts = {name: prompt_params(ARCHITECTURES[key], 100) for name, key in models.items()}
     return Finding(
-        cases={name: n == 409_600 for name, n in counts.items()},
+        cases={f"it is {name}": n == 409_600 for name, n in counts.items()},
         found=f"100 · hidden: {', '.join(f'{n:,}' for n in counts.values())}; it grows with the width, not with "
         "the depth",
     )
@@ -52,10 +52,11 @@ def prompt_of_100() -> Finding:
 
 def prompt_share() -> Finding:
     """Of 10 · 10⁹ parameters."""
-    shares = {f"a prompt of {n} tokens": n * 4096 / 10e9 for n in (100, 20)}
+    shares = {f"the prompt has {n} tokens": n * 4096 / 10e9 for n in (100, 20)}
+    told = " and ".join(f"{share:.4%}" for share in shares.values())
     return Finding(
         cases={name: share < 1e-5 for name, share in shares.items()},
-        found=f"of 10 · 10⁹, width 4,096: {', '.join(f'{share:.4%} ({name})' for name, share in shares.items())}",
+        found=f"100 · 4,096 and 20 · 4,096 of 10 · 10⁹ are {told}",
     )
 
 
@@ -109,12 +110,12 @@ def adapter_latency() -> Finding:
 def dora_gains() -> Finding:
     """Points of DoRA above LoRA, by its README's means and PEFT's own benchmark."""
     gains = {
-        "LLaMA-7B on commonsense": 78.4 - 76.3,
-        "Llama-2-7B on commonsense": 79.7 - 77.6,
-        "Llama-3-8B on commonsense": 85.2 - 80.8,
-        "Llama-3.2-3B on GSM8K": 49.4 - 48.2,
+        "LLaMA-7B learns commonsense tasks": 78.4 - 76.3,
+        "Llama-2-7B does": 79.7 - 77.6,
+        "Llama-3-8B does": 85.2 - 80.8,
+        "Llama-3.2-3B learns GSM8K": 49.4 - 48.2,
     }
-    noise = {"Llama-3.2-3B on GSM8K": 1.4}
+    noise = {"Llama-3.2-3B learns GSM8K": 1.4}
     return Finding(
         cases={name: 1 <= gain <= 3 and gain > noise.get(name, 0) for name, gain in gains.items()},
         found="by DoRA's README (means over commonsense tasks, r = 32, DoRA at a rate of its own) and PEFT's "

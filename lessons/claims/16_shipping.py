@@ -57,7 +57,7 @@ def bits_a_weight() -> Finding:
     arch = ARCHITECTURES["llama-2-7b"]
     bits = {kind: 8 * gguf_bytes(kind, arch) / base_params(arch) for kind in TABLE}
     return Finding(
-        cases={kind: abs(bits[kind] - said) <= 0.1 for kind, (said, _) in TABLE.items()},
+        cases={f"it is {kind}": abs(bits[kind] - said) <= 0.1 for kind, (said, _) in TABLE.items()},
         found="Llama-2-7B, from the block layouts (gguf library) and llama.cpp's choice of kind for each tensor "
         f"(src/llama-quant.cpp): {', '.join(f'{kind} {value:.2f}' for kind, value in bits.items())}",
     )
@@ -67,7 +67,7 @@ def sizes_of_7b() -> Finding:
     """The same files in GB."""
     gb = {kind: gguf_bytes(kind, ARCHITECTURES["llama-2-7b"]) / 1e9 for kind in TABLE}
     return Finding(
-        cases={kind: abs(gb[kind] / said - 1) < 0.05 for kind, (_, said) in TABLE.items()},
+        cases={f"it is {kind}": abs(gb[kind] / said - 1) < 0.05 for kind, (_, said) in TABLE.items()},
         found=f"{', '.join(f'{kind} {value:.2f}' for kind, value in gb.items())} GB for Llama-2-7B. Its column "
         "repeats the "
         "bits: that would be a model of 8 · 10⁹ weights",
@@ -110,7 +110,7 @@ def linear_combination() -> Finding:
             model.add_weighted_adapter(["one", "two"], [0.5, 0.5], adapter_name=kind, combination_type=kind)
             away[kind] = ((layer.get_delta_weight(kind) - wanted).norm() / wanted.norm()).item()
     return Finding(
-        cases={f"combination_type={kind}": error < 1e-6 for kind, error in away.items()},
+        cases={f"PEFT's combination_type is {kind}": error < 1e-6 for kind, error in away.items()},
         found=f"PEFT {peft.__version__}: linear adds up A and B apart, so B₁A₂ and B₂A₁ come in: {away['linear']:.0%} "
         "of the sum away; cat is exact, with the ranks added",
     )
@@ -120,7 +120,7 @@ def dare_authors() -> Finding:
     """First authors of the two papers."""
     first = {"TIES (arXiv 2306.01708)": "Yadav", "DARE (arXiv 2311.03099)": "Yu"}
     return Finding(
-        cases={name: author in ("Zhang", "Yadav") for name, author in first.items()},
+        cases={f"{name} is meant": author in ("Zhang", "Yadav") for name, author in first.items()},
         found=", ".join(f"{name} is {author} et al." for name, author in first.items()),
     )
 
@@ -133,7 +133,7 @@ def prunes_small_updates() -> Finding:
     for name, combine in {"TIES": ties, "DARE": dare}.items():
         (update,) = combine([{"layer": Update(A, B)}], [1.0], r=8, density=0.5).updates.values()
         out = (update.B @ update.A).abs() < 1e-4
-        cases[name] = bool(sizes[out].max() < sizes[~out].min())
+        cases[f"it is {name}"] = bool(sizes[out].max() < sizes[~out].min())
     return Finding(
         cases=cases,
         found="TIES drops the smallest entries; DARE drops entries at random, whatever their size, and rescales "
@@ -172,7 +172,7 @@ CLAIMS = [
     ),
     Claim(
         id="16.linear-combination",
-        fact="Combined linearly, two adapters give α₁ ΔW₁ + α₂ ΔW₂.",
+        fact="Adapters can be linearly combined: α₁ ΔW₁ + α₂ ΔW₂.",
         source=f"{FAMILY}, on combining adapters",
         settle=linear_combination,
         verdict="holds when",

@@ -47,8 +47,12 @@ def judge(cases: bool | Mapping[str, bool]) -> tuple[str, str]:
     true = [name for name, is_true in named.items() if is_true]
     false = [name for name, is_true in named.items() if not is_true]
     if true and false:
-        return "holds when", f"{', '.join(true)}; not when {', '.join(false)}"
+        return "holds when", f"{_or_when(true)}; not when {_or_when(false)}"
     return ("holds" if true else "does not hold"), ""
+
+
+def _or_when(names: list[str]) -> str:
+    return ", or when ".join(names)
 
 
 def print_claim(fact: str, source: str, found: str, verdict: str, when: str = "") -> None:

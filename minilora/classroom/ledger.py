@@ -26,7 +26,7 @@ test runs all of it, and fails if a verdict no longer follows or this page is no
 
 A claim *holds when* some of its cases do; they are named. Sizes are decimal (1 GB = 10⁹ bytes) unless GiB is written.
 Versions are those that the tests run with. Where a verdict rests on a paper's table, a file or a benchmark, that is
-named; figures are the articles', the words are ours.
+named (the LoRA paper is arXiv 2106.09685, QLoRA's 2305.14314). Figures are the articles', the words are ours.
 """
 UNSETTLED_HEAD = """## Not settled: to be measured
 
@@ -72,7 +72,8 @@ def _row(one: Settled) -> str:
     claim = one.claim
     verdict = f"**{claim.verdict}**" + (f" {one.when}" if one.when else "")
     said = f"{_cell(claim.fact)}<br><sub>*{_cell(claim.source)}* · `{claim.id}`</sub>"
-    return f"| {MARKS[claim.verdict]} | {said} | {_cell(verdict)}<br>{_cell(one.found)} |"
+    found = re.sub(r"(\d)%", r"\1 %", f"{verdict}<br>{one.found}")  # Python's format knows no space
+    return f"| {MARKS[claim.verdict]} | {said} | {_cell(found)} |"
 
 
 def _unsettled_row(one: Unsettled) -> str:

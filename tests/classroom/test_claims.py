@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from minilora.classroom import ledger as module
 from minilora.classroom.claims import ARTICLES, Claim, Finding, all_claims, all_unsettled, settled, show_claims
 from minilora.classroom.ledger import ledger, out_of_step
 from minilora.classroom.lessons import claim_files, lessons_folder, load
@@ -76,6 +77,19 @@ def test_a_ledger_out_of_step_is_reported_with_the_line(tmp_path):
     assert "Line 2 is\n  b\nand should be\n  B" in out_of_step(path, "a\nB\nc\n")
     assert "Line 4 is" in out_of_step(path, "a\nb\nc\nd\n")
     assert "Line 1 is" in out_of_step(tmp_path / "missing.md", "a\n")
+
+
+def test_the_command_writes_the_ledger_and_checks_it(tmp_path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(module, "lessons_folder", lambda: tmp_path / "lessons")
+    monkeypatch.setattr(module, "ledger", lambda: "a\nb\n")
+    page = tmp_path / "CLAIMS.md"
+
+    assert module.main(["--check"]) == 1 and not page.exists()
+    assert module.main([]) == 0 and page.read_text(encoding="utf-8") == "a\nb\n"
+    assert module.main(["--check"]) == 0
+    page.write_text("a\nc\n", encoding="utf-8")
+    capsys.readouterr()
+    assert module.main(["--check"]) == 1 and "Line 2 is\n  c\n" in capsys.readouterr().out
 
 
 def test_claims_are_shown_by_the_beginning_of_their_ids(capsys: pytest.CaptureFixture[str]):
