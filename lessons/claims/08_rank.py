@@ -69,8 +69,8 @@ def diminishing_returns() -> Finding:
     return Finding(
         cases={"GPT-2 Medium learns E2E (by its loss)": early > middle > late, **cases},
         found=f"by the LoRA paper's Table 18 the loss falls by {early:.2f}, {middle:.2f} and {late:.2f} (r 1 to "
-        "8, 8 to 32, 64 to 512); by Table 6 WikiSQL gains 0.4 points from 1 to 8 and fluctuates by 0.5, MNLI gains 0.3 and "
-        "fluctuates by 0.1",
+        "8, 8 to 32, 64 to 512); by Table 6 WikiSQL gains 0.4 points from 1 to 8 and fluctuates by 0.5, "
+        "MNLI gains 0.3 and fluctuates by 0.1",
     )
 
 

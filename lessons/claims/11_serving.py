@@ -56,7 +56,8 @@ def max_loras() -> Finding:
     return Finding(
         cases=VLLM["max_loras"] == "slots on the GPU",
         found="by vLLM's config/lora.py and lora/model_manager.py (0.11.0) it is the number of slots on the GPU, and "
-        "so of adapters in one batch; the default is 1. Many more can be registered: max_cpu_loras bounds those in memory",
+        "so of adapters in one batch; the default is 1. Many more can be registered: max_cpu_loras bounds "
+        "those in memory",
     )
 
 
