@@ -1,7 +1,6 @@
 """What articles say about merging, each against a merge. Those that need PEFT stand last, and begin with 09.peft."""
 
 import importlib.util
-import logging
 
 import numpy as np
 import torch
@@ -98,7 +97,6 @@ def merge_then_quantize() -> Finding:
 
 def vacuous_check() -> Finding:
     """A merge that destroys the weight, and the check after it."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import peft
 
     torch.manual_seed(0)
@@ -118,7 +116,6 @@ def vacuous_check() -> Finding:
 
 def merge_module() -> Finding:
     """Whether Python finds such a module."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import peft
 
     return Finding(

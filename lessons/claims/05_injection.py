@@ -26,7 +26,7 @@ def gpt2_classifier() -> Finding:
     n = gpt2.n_layers * per_layer + 16 * (768 + 2)
     times = base_params(gpt2) / n
     return Finding(
-        cases=round(n / 1e6, 1) == 2.7 and round(times, -1) == 50,
+        cases=(round(base_params(gpt2) / 1e6), round(n / 1e6, 1), round(times, -1)) == (124, 2.7, 50),
         found=f"12 · 16 · (4 · 1,536 + 2 · 3,840) + 16 · (768 + 2) = {n:,} of {base_params(gpt2):,}: {times:.0f} times "
         "fewer",
     )

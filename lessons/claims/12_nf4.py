@@ -49,7 +49,7 @@ def scaling_constants() -> Finding:
         "they are Llama-2-7B's linear layers": linear_weights(ARCHITECTURES["llama-2-7b"]) / 64,
     }
     return Finding(
-        cases={name: round(n / 1e7) == 11 for name, n in counts.items()},
+        cases={name: (round(n / 1e6, -1), round(4 * n / 1e6, -1)) == (110, 440) for name, n in counts.items()},
         found=" and ".join(f"{n / 1e6:.1f}M or {4 * n / 1e6:.0f} MB" for n in counts.values()),
     )
 

@@ -55,7 +55,7 @@ def prompt_share() -> Finding:
     shares = {f"the prompt has {n} tokens": n * 4096 / 10e9 for n in (100, 20)}
     told = " and ".join(f"{share:.4%}" for share in shares.values())
     return Finding(
-        cases={name: share < 1e-5 for name, share in shares.items()},
+        cases={name: 100 * share < 0.001 for name, share in shares.items()},
         found=f"100 · 4,096 and 20 · 4,096 of 10 · 10⁹ are {told}",
     )
 
@@ -70,7 +70,7 @@ def ia3_share() -> Finding:
     n = ia3_params(LLAMA_2)
     times = {name: lora_params(LLAMA_2, 8, targets) / n for name, targets in sets.items()}
     return Finding(
-        cases={f"LoRA is on {name}": 9 <= t <= 11 for name, t in times.items()},
+        cases={f"LoRA is on {name}": abs(t - 10) <= 1 for name, t in times.items()},
         found=f"IA³ on Llama-2-7B: 32 · (4,096 + 4,096 + 11,008) = {n:,}; LoRA of r = 8 has "
         + ", ".join(f"{t:.1f} times as many ({name})" for name, t in times.items()),
     )

@@ -4,7 +4,6 @@ The claims for this lesson: adapters added up, and models in GGUF.
 """
 
 import inspect
-import logging
 import typing
 
 import gguf
@@ -17,7 +16,6 @@ from minilora.llm.sizes import base_params, count
 from minilora.torch_lora.ties_dare import dare, ties
 from minilora.torch_lora.updates import Update
 
-TABLE = {"Q2_K": (2.5, 2.5), "Q4_K_M": (4.5, 4.5), "Q5_K_M": (5.5, 5.5), "Q6_K": (6.5, 6.5), "Q8_0": (8.0, 8.0)}
 USUAL = {"Q2_K": "Q2_K", "Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "Q8_0": "Q8_0"}
 
 
@@ -55,9 +53,10 @@ def gguf_bytes(file: str, arch: Architecture) -> float:
 def bits_a_weight() -> Finding:
     """Llama-2-7B's file in each kind, over its weights."""
     arch = ARCHITECTURES["llama-2-7b"]
-    bits = {kind: 8 * gguf_bytes(kind, arch) / base_params(arch) for kind in TABLE}
+    said = {"Q2_K": 2.5, "Q4_K_M": 4.5, "Q5_K_M": 5.5, "Q6_K": 6.5, "Q8_0": 8.0}
+    bits = {kind: 8 * gguf_bytes(kind, arch) / base_params(arch) for kind in said}
     return Finding(
-        cases={f"it is {kind}": abs(bits[kind] - said) <= 0.1 for kind, (said, _) in TABLE.items()},
+        cases={f"it is {kind}": abs(bits[kind] - figure) <= 0.1 for kind, figure in said.items()},
         found="Llama-2-7B, from the block layouts (gguf library) and llama.cpp's choice of kind for each tensor "
         f"(src/llama-quant.cpp): {', '.join(f'{kind} {value:.2f}' for kind, value in bits.items())}",
     )
@@ -65,9 +64,10 @@ def bits_a_weight() -> Finding:
 
 def sizes_of_7b() -> Finding:
     """The same files in GB."""
-    gb = {kind: gguf_bytes(kind, ARCHITECTURES["llama-2-7b"]) / 1e9 for kind in TABLE}
+    said = {"Q2_K": 2.5, "Q4_K_M": 4.5, "Q5_K_M": 5.5, "Q6_K": 6.5, "Q8_0": 8.0}
+    gb = {kind: gguf_bytes(kind, ARCHITECTURES["llama-2-7b"]) / 1e9 for kind in said}
     return Finding(
-        cases={f"it is {kind}": abs(gb[kind] / said - 1) < 0.05 for kind, (_, said) in TABLE.items()},
+        cases={f"it is {kind}": abs(gb[kind] / figure - 1) < 0.05 for kind, figure in said.items()},
         found=f"{', '.join(f'{kind} {value:.2f}' for kind, value in gb.items())} GB for Llama-2-7B. Its column "
         "repeats the "
         "bits: that would be a model of 8 · 10⁹ weights",
@@ -82,7 +82,6 @@ def size_of_70b() -> Finding:
 
 def by_hand_or_mergekit() -> Finding:
     """The kinds of combination that PEFT offers."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import peft
 
     method = peft.LoraModel.add_weighted_adapter
@@ -96,7 +95,6 @@ def by_hand_or_mergekit() -> Finding:
 
 def linear_combination() -> Finding:
     """½ ΔW₁ + ½ ΔW₂, beside what PEFT makes of two adapters."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import peft
 
     torch.manual_seed(0)

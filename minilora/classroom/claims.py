@@ -6,6 +6,7 @@ follows, and fails if that is no longer the verdict which is written down. A lis
 settles, with what would. `classroom/ledger` makes CLAIMS.md of all of them.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -66,6 +67,7 @@ def settled(claim: Claim) -> Settled:
     Raises:
         AssertionError: if the verdict is no longer what the code finds (names the claim).
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # importing PEFT makes it remark on the processor
     finding = claim.settle()
     verdict, when = judge(finding.cases)
     if verdict != claim.verdict:

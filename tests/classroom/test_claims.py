@@ -1,5 +1,6 @@
 """Every claim of the ledger is settled again, and CLAIMS.md is what they give."""
 
+import inspect
 import re
 
 import pytest
@@ -27,9 +28,24 @@ def test_a_claim_names_an_article_by_its_title_and_ends_as_a_sentence(one):
     assert one.fact.endswith((".", "?"))
 
 
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
+def test_the_figures_of_a_fact_are_in_the_code_that_settles_it_or_in_what_it_found(claim: Claim):
+    one = settled(claim)
+    told = without_commas(inspect.getsource(claim.settle) + one.found + one.when)
+    figures = re.findall(r"\d+(?:\.\d+)?", without_commas(claim.fact))
+    missed = [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\.?\d)", told)]
+
+    assert not missed, f"{claim.id} speaks of {missed}, which neither its code nor its finding mentions"
+
+
+def without_commas(text: str) -> str:
+    """1,064,960 and 1_064_960 as 1064960."""
+    return re.sub(r"(?<=\d)[,_](?=\d)", "", text)
+
+
 def test_ids_are_unique_and_begin_with_the_number_of_their_lesson():
     ids = [one.id for one in BOTH]
-    assert sorted(set(ids)) == sorted(ids)
+    assert not [each for each in set(ids) if ids.count(each) > 1]
     for path in claim_files():
         number = (path.name if path.parent.name == "claims" else path.parent.name)[:2]
         module = load(path)
@@ -82,6 +98,7 @@ def test_a_ledger_out_of_step_is_reported_with_the_line(tmp_path):
 def test_the_command_writes_the_ledger_and_checks_it(tmp_path, monkeypatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(module, "lessons_folder", lambda: tmp_path / "lessons")
     monkeypatch.setattr(module, "ledger", lambda: "a\nb\n")
+    monkeypatch.setattr(module, "all_claims", list)
     page = tmp_path / "CLAIMS.md"
 
     assert module.main(["--check"]) == 1 and not page.exists()
