@@ -1,6 +1,7 @@
 """07 · Teach a real LM to speak JSON
 
-The claims for this lesson: what is learnt of a padded text, what a callback sees, and arguments that have gone.
+What its notebook leaves out, for it takes transformers: a collator's labels, what a callback sees, arguments that have
+gone.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from minilora.classroom.claims import FAMILY, MATHEMATICS, REVOLUTION, Claim, Fi
 WORDS = ["<s>", "</s>", "extract", "as", "json", "response", "{", "}", "name", ":", "ada"]
 
 
-def complete_example() -> Finding:
+def collator_labels() -> Finding:
     """Its text, tokenizer settings and collator, on a tokenizer that adds no end token: as Llama's adds none."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -32,9 +33,9 @@ def complete_example() -> Finding:
     text = "extract as json : ada response : { name : ada }"
     stops = [tokenizer.eos_token_id in labels(each) for each in (text, f"{text} </s>")]
     return Finding(
-        cases={"it is to say the answer": WORDS.index("}") in labels(text), "it is to stop after it": any(stops)},
-        found="no text ends in the end token; and where one is appended by hand, its label is −100 like the padding's "
-        f"(transformers {transformers.__version__})",
+        cases={"the answer's are meant": WORDS.index("}") in labels(text), "its end's are meant": any(stops)},
+        found="its texts end without the end token; and where one is appended by hand, its label is −100 like the "
+        f"padding's (transformers {transformers.__version__})",
     )
 
 
@@ -161,12 +162,10 @@ def sft_config() -> Finding:
 WALKTHROUGH = f"{REVOLUTION}, “Practical Walkthrough”"
 CLAIMS = [
     Claim(
-        id="07.complete-example",
-        fact="Prompt and JSON in one text, pad_token = eos_token, labels from "
-        "DataCollatorForLanguageModeling(mlm=False): "
-        "a complete example that teaches a model to answer in JSON.",
+        id="07.collator-labels",
+        fact="With pad_token = eos_token, DataCollatorForLanguageModeling(mlm=False) makes the labels of a text.",
         source=WALKTHROUGH,
-        settle=complete_example,
+        settle=collator_labels,
         verdict="holds when",
     ),
     Claim(

@@ -1,9 +1,10 @@
 """The claims of the articles that learners come from, each with the code that settles it.
 
-`lessons/NN_…/claims.py` holds a list CLAIMS; so does each file of `lessons/claims/`, for lessons that are not written
-yet. `show_claims("03")` prints those of lesson 03 in its notebook, each with what its code finds and the verdict that
-follows, and fails if that is no longer the verdict which is written down. A list UNSETTLED holds what no computation
-settles, with what would. `classroom/ledger` makes CLAIMS.md of all of them.
+`lessons/NN_…/claims.py` holds a list CLAIMS: `show_claims("03")` prints those of lesson 03 in its notebook, each with
+what its code finds and the verdict that follows, and fails if that is no longer the verdict which is written down. The
+files of `lessons/claims/` hold those that no notebook shows: its lesson is not written yet, or the code needs libraries
+that the course does not. A list UNSETTLED holds what no computation settles, with what would. `classroom/ledger` makes
+CLAIMS.md of all of them.
 """
 
 import logging
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from minilora.classroom.evidence import judge, print_claim
-from minilora.classroom.lessons import claim_files, load
+from minilora.classroom.lessons import claim_files, lesson_module, load
 
 REVOLUTION = "LoRA and the Efficiency Revolution"
 FAMILY = "an article on parameter-efficient fine-tuning with LoRA, QLoRA and adapters"  # the copy at hand has no title
@@ -89,16 +90,14 @@ def all_unsettled() -> list[Unsettled]:
 
 
 def show_claims(prefix: str) -> None:
-    """Settle the claims whose id begins so, and print them: "03" for a lesson's, "09.peft" for some of them.
+    """Settle a lesson's claims whose id begins so, and print them: "03" for all of them, "09.peft" for some.
 
     Raises:
         KeyError: if there are none.
         AssertionError: if a verdict is no longer what the code finds.
     """
-    lesson = prefix[:2]
-    loaded = [load(path) for path in claim_files() if lesson in (path.name[:2], path.parent.name[:2])]
-    shown = [one for module in loaded for one in getattr(module, "CLAIMS", []) if one.id.startswith(prefix)]
+    shown = [one for one in lesson_module(prefix[:2], "claims").CLAIMS if one.id.startswith(prefix)]
     if not shown:
-        raise KeyError(f"no claim's id begins with {prefix!r}")
+        raise KeyError(f"no claim of this lesson has an id that begins with {prefix!r}")
     for one in map(settled, shown):
         print_claim(one.claim.fact, one.claim.source, one.found, one.claim.verdict, one.when)

@@ -17,8 +17,8 @@ HEAD = """# What the articles say, and what holds
 
 Most people meet LoRA in articles that quote one another's numbers. Here are facts and figures of five of them, each
 with what code found: a count, a run of the library that is meant, a comparison with the paper's own table. The code
-stands beside each lesson in `lessons/NN_…/claims.py`, or in `lessons/claims/` where the lesson is not written yet. A
-test runs all of it, and fails if a verdict no longer follows or this page is not what it gives.
+stands beside each lesson in `lessons/NN_…/claims.py`, or in `lessons/claims/` where no lesson shows it. A test runs all
+of it, and fails if a verdict no longer follows or this page is not what it gives.
 
 **{summary}**
 

@@ -43,10 +43,11 @@ def lesson_module(lesson: str, kind: str = "exercises") -> ModuleType:
 
 
 def claim_files() -> list[Path]:
-    """Every claims.py of a lesson, and every file of lessons/claims: in the order of their lessons."""
+    """Every claims.py of a lesson, and every file of lessons/claims: by the number of the lesson, its own first."""
     folder = lessons_folder()
-    files = [*folder.glob("[0-9][0-9]_*/claims.py"), *folder.glob("claims/[0-9][0-9]_*.py")]
-    return sorted(files, key=lambda path: path.stem if path.parent.name == "claims" else path.parent.name)
+    own, more = sorted(folder.glob("[0-9][0-9]_*/claims.py")), sorted(folder.glob("claims/[0-9][0-9]_*.py"))
+    numbers = {path: path.parent.name[:2] for path in own} | {path: path.name[:2] for path in more}
+    return sorted(numbers, key=lambda path: numbers[path])
 
 
 @functools.cache

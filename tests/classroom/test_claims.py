@@ -113,5 +113,5 @@ def test_claims_are_shown_by_the_beginning_of_their_ids(capsys: pytest.CaptureFi
     show_claims("03.rank-64")
 
     assert "Verdict  DOES NOT HOLD" in (said := capsys.readouterr().out) and said.count("Claim") == 1
-    with pytest.raises(KeyError, match=r"no claim's id begins with '03\.nothing'"):
+    with pytest.raises(KeyError, match=r"no claim of this lesson has an id that begins with '03\.nothing'"):
         show_claims("03.nothing")
