@@ -16,7 +16,7 @@ from minilora.classroom.claims import (
 )
 from minilora.llm.architectures import ARCHITECTURES, Architecture
 from minilora.llm.setup import Setup
-from minilora.llm.sizes import base_params, lora_params, weight_bytes
+from minilora.llm.sizes import weight_bytes
 from minilora.llm.training_memory import training_bytes
 
 LLAMA_65B = Architecture("llama", 80, 8192, 22016, 64, 64, 128, 32000)
@@ -67,22 +67,6 @@ def on_consumer() -> Finding:
         cases=n_bytes < LARGEST_CONSUMER_GIB * 2**30,
         found=f"its weights alone are {n_bytes / 2**30:.1f} GiB in 4 bits, a GeForce RTX 5090 has "
         f"{LARGEST_CONSUMER_GIB}; the QLoRA paper (arXiv 2305.14314) says one GPU of 48 GB",
-    )
-
-
-def trained_of_70b() -> Finding:
-    """r = 16 on two sets of layers."""
-    arch = ARCHITECTURES["llama-3-70b"]
-    counts = {
-        "the adapter is on q k v o": lora_params(arch, 16, ("q_proj", "k_proj", "v_proj", "o_proj")),
-        "the adapter is on all linear layers (as in its code)": lora_params(arch, 16),
-    }
-    return Finding(
-        cases={
-            name: abs(n / 67e6 - 1) < 0.05 and round(100 * n / base_params(arch), 1) == 0.1
-            for name, n in counts.items()
-        },
-        found=" and ".join(f"{n:,} ({n / base_params(arch):.2%})" for n in counts.values()),
     )
 
 
@@ -203,13 +187,6 @@ CLAIMS = [
         source=f"{EXPLAINER}, “Key Takeaways”",
         settle=on_consumer,
         verdict="does not hold",
-    ),
-    Claim(
-        id="13.trained-of-70b",
-        fact="r = 16 trains about 67M parameters of a 70B model, 0.1 %.",
-        source=f"{FAMILY}, its table for 70B",
-        settle=trained_of_70b,
-        verdict="holds when",
     ),
     Claim(
         id="13.kbit-preparation",

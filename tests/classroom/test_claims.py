@@ -24,7 +24,7 @@ def test_a_claim_names_an_article_by_its_title_and_ends_as_a_sentence(one):
     title = next((title for title in ARTICLES if one.source.startswith(title)), None)
 
     assert title, f"{one.source!r} begins with no title of {ARTICLES}"
-    assert re.match(r"$|, | \(", one.source.removeprefix(title))
+    assert re.match(r"$|, |; | \(", one.source.removeprefix(title))
     assert one.fact.endswith((".", "?"))
 
 
