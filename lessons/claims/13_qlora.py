@@ -134,7 +134,7 @@ def authors() -> Finding:
     paper = ("Tim Dettmers", "Artidoro Pagnoni", "Ari Holtzman", "Luke Zettlemoyer")
     return Finding(
         cases="Ashish Sharma" in paper,
-        found=f"arXiv 2305.14314: {', '.join(paper)}; the article's own list of references has it right",
+        found=f"by arXiv 2305.14314 they are {', '.join(paper)}; the article's own list of references has it right",
     )
 
 

@@ -119,7 +119,7 @@ def dare_authors() -> Finding:
     first = {"TIES (arXiv 2306.01708)": "Yadav", "DARE (arXiv 2311.03099)": "Yu"}
     return Finding(
         cases={f"{name} is meant": author in ("Zhang", "Yadav") for name, author in first.items()},
-        found=", ".join(f"{name} is {author} et al." for name, author in first.items()),
+        found="by the papers, " + ", ".join(f"{name} is {author} et al.'s" for name, author in first.items()),
     )
 
 
