@@ -55,8 +55,8 @@ def summary(found: list[Settled]) -> str:
     quoted = sum(one.found.startswith("by ") for one in found)
     return (
         f"{len(found)} claims are settled: {count['holds']} hold, {count['holds when']} hold in some cases, "
-        f"{count['does not hold']} do not hold ({quoted} of these verdicts rest on a quotation, the others on code that "
-        f"is run). {len(all_unsettled())} more are to be measured."
+        f"{count['does not hold']} do not hold ({quoted} of these verdicts rest on a quotation, the others on code "
+        f"that is run). {len(all_unsettled())} more are to be measured."
     )
 
 
