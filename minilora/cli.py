@@ -315,6 +315,7 @@ COMMANDS = {
         example="minilora progress",
         add_arguments=_no_arguments,
         run=_progress,
+    ),
     "grade": Command(
         does="grade a lesson's exercises from a notebook's file, each in a process of its own",
         example="minilora grade student/03_lora_in_numpy.ipynb --secret-file course.secret",
