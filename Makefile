@@ -17,7 +17,7 @@ help:
 	@echo "make test      lint, types, unit tests, doctests, notebooks, browser: at most 20 minutes on two cores"
 	@echo "make demo      fine-tune the model for a few minutes and read the report: runs/demo/report.html"
 	@echo "make bench     ours beside its peers, measured in one run"
-	@echo "make build     notebooks from lessons/ (those whose sources changed)"
+	@echo "make build     notebooks from lessons/ (those whose sources changed), and CLAIMS.md"
 	@echo "make lint      ruff and mypy"
 	@echo "make test-all  make test, and the long checks"
 	@echo "make lock      constraints.txt from what is installed in .venv"
@@ -48,6 +48,7 @@ bench: base
 
 build: base
 	@$(NOTEBOOK_ENV) $(PY) -m minilora.classroom.build
+	@$(NOTEBOOK_ENV) $(PY) -m minilora.classroom.ledger
 
 lint: $(READY)
 	@echo "lint: ruff format, ruff check, mypy"

@@ -26,13 +26,15 @@
 
 # %% tags=["setup"]
 import importlib.util
+import inspect
 import logging
 
 import numpy as np
 
 from minilora.classroom.costs import BypassCost, human_bytes
-from minilora.classroom.evidence import claim, expect_bug
+from minilora.classroom.evidence import expect_bug
 from minilora.classroom.bets import predict, settle
+from minilora.classroom.claims import show_claims
 from minilora.classroom.exercises import check, examine, find_exercise, overview
 from minilora.classroom.exercises import hint  # noqa: F401  for you: hint("03.1")
 from minilora.classroom.lessons import lesson_module
@@ -510,69 +512,19 @@ with expect_bug(AssertionError, match="Not equal to tolerance"):
 # ## 9 · Check the claims
 #
 # Sentences from articles about LoRA that you are likely to meet, each with the code that decides it. Not because their
-# authors are careless: because these numbers are copied from text to text and hardly ever computed.
+# authors are careless: because these numbers are copied from text to text and hardly ever computed. The code lies
+# beside this lesson, in `claims.py`; the one on rank 64 reads:
 
 # %%
-rng = np.random.default_rng(0)
-A, B = lora_init(8, in_features=4096, out_features=4096, rng=rng)
-claim(
-    "At rank 8 a 4096 × 4096 matrix gets 65,536 trainable parameters, 256 times fewer.",
-    source="LoRA — Low-Rank Adaptation",
-    cases=A.size + B.size == 65_536 == 4096 * 4096 / 256,
-    found=f"A has {A.size:,}, B has {B.size:,}: together {A.size + B.size:,}",
-    verdict="holds",
-)
-share = BypassCost(rows=1, in_features=4096, out_features=4096, r=64).share
-claim(
-    "Rank 64 comes close to full fine-tuning at 2 % of the cost.",
-    source="LoRA: Low-rank adapters — fine-tune 0.1% of the parameters",
-    cases=abs(share - 0.02) < 0.005,
-    found=f"the cost of rank 64 on 4096 × 4096 is 2 · 64 / 4096 = {share:.3%} of the matrix",
-    verdict="does not hold",
-)
-whole = BypassCost(rows=1, in_features=4096, out_features=4096, r=4096).share
-claim(
-    "At r = d the two factors are as large as the matrix itself: no savings.",
-    source="LoRA: Low-rank adapters — fine-tune 0.1% of the parameters",
-    cases=whole == 1.0,
-    found=f"they are {whole:.0f} times as large; as large as the matrix they are at r = d / 2",
-    verdict="does not hold",
-)
+print(inspect.getsource(lesson_module("03", "claims").rank_64))
 
 # %%
-A, B = np.zeros((3, 12)), np.zeros((7, 3))
-_, dA, dB = backward(given["dy"], given["x"], given["W"], A, B, 8.0)
-claim(
-    "If A and B both start at zero, no gradient passes and nothing is learned.",
-    source="LoRA Mathematics and Implementation",
-    cases=not dA.any() and not dB.any(),
-    found="dA and dB are exactly 0, so the next step starts from the same place",
-    verdict="holds",
-)
-A, _ = lora_init(64, in_features=1024, out_features=8, rng=rng)
-spread = float(np.mean(A**4) / np.mean(A**2) ** 2)  # 3 for a Gaussian, 9 / 5 for a uniform distribution
-claim(
-    "kaiming_uniform_ with a = √5, which initialises A, draws Gaussian numbers.",
-    source="LoRA Mathematics and Implementation (a comment in its code)",
-    cases=abs(spread - 3) < 0.1,
-    found=f"largest entry {np.abs(A).max() * 32:.4f} · 1/√in; mean A⁴ / (mean A²)² = {spread:.2f}, not 3: uniform",
-    verdict="does not hold",
-)
-
-# %%
-undone = {}
-for name, alpha in {"alpha = r": 3.0, "alpha ≠ r": 8.0}.items():
-    W, A, B = (given[letter] for letter in "WAB")
-    undone[name] = bool(np.allclose(merge(W, A, B, alpha) - B @ A, W))
-claim(
-    "To take a merged adapter out again, subtract B A.",
-    source="LoRA and the Efficiency Revolution",
-    cases=undone,
-    found="what was added is (alpha / r) · B A, so that is what must be subtracted",
-    verdict="holds when",
-)
+show_claims("03")
 
 # %% [markdown]
+# A verdict is not typed in and believed: it must follow from the code, or this notebook fails. *Holds when* means that
+# some of the cases hold. All articles' claims together are in `CLAIMS.md`, at the top of the repository.
+#
 # ## 10 · Exercises
 #
 # **Core** (checked, in section 6):

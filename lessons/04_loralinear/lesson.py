@@ -36,8 +36,9 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from minilora.classroom.costs import human_bytes
-from minilora.classroom.evidence import claim, expect_bug
+from minilora.classroom.evidence import expect_bug
 from minilora.classroom.bets import predict, settle
+from minilora.classroom.claims import show_claims
 from minilora.classroom.exercises import check, examine, find_exercise, is_stub, overview
 from minilora.classroom.exercises import hint  # noqa: F401  for you: hint("04.1")
 from minilora.classroom.lessons import lesson_module
@@ -682,85 +683,21 @@ for exercise_id, name in gallery:
 # %% [markdown]
 # ## 9 · Check the claims
 #
-# Printed outputs are quoted from text to text. Each of these can be computed, and most of them by hand.
+# Printed outputs are quoted from text to text. Each of these can be computed, and most of them by hand; the code is in
+# `claims.py`, beside this lesson.
+#
+# One needs three lines of arithmetic. An article prints a first loss of 1.2418, for inputs and targets from N(0, 1) and
+# a layer as PyTorch makes it. Can that be? A weight from U(±1/√in) has variance 1/(3 in), so an output has variance ⅓,
+# a target 1, and their difference 4/3. The loss is the mean of 8 · 4096 squares of it, with a standard error of 4/3 ·
+# √(2 / 32,768).
 
 # %%
-ways = {
-    "all but A and B is frozen": freeze,
-    "only what is wrapped is, as in its code": frozen_by("only the wrapped layers"),
-}
-counts = {name: freezing(adapted(SimpleAttention(512), r=8), Layer) for name, freezing in ways.items()}
-wrong, whole = counts["only what is wrapped is, as in its code"]
-claim(
-    "LoRA with r = 8 on q and v of a block of four 512 × 512 projections trains 16,384 of 1,064,960: 64 times fewer.",
-    source="LoRA Mathematics and Implementation (what its example is said to print)",
-    cases={name: found == (16_384, 1_064_960) for name, found in counts.items()},
-    found=f"its code trains {wrong:,} of {whole:,}, {4 * 512**2 / wrong:.2f} times fewer: k_proj and o_proj train",
-    verdict="holds when",
-)
-
-# %%
-sizes = {}
-for name, bias in {"without a bias": False, "with one, as its code and nn.Linear have by default": True}.items():
-    with torch.device("meta"):
-        layer = Layer(nn.Linear(4096, 4096, bias=bias), r=16, alpha=32.0)
-    sizes[name] = sum(each.numel() for each in layer.parameters())
-claim(
-    "A LoRALinear over 4096 × 4096 with r = 16 has 131,072 trainable of 16,908,288 parameters.",
-    source="LoRA: Low-rank adapters — fine-tune 0.1% of the parameters (a printed output)",
-    cases={name: size == 16_908_288 for name, size in sizes.items()},
-    found=f"{trainable(layer):,} train, of {' or '.join(f'{size:,}' for size in sizes.values())}: the bias has 4,096",
-    verdict="holds when",
-)
+show_claims("04")
 
 # %% [markdown]
-# The same printed output begins with a loss of 1.2418, for inputs and targets from N(0, 1) and a layer as PyTorch
-# makes it. Can that be? By hand: a weight from U(±1/√in) has variance 1/(3 in), so an output has variance ⅓, a target
-# 1, and their difference 4/3. The loss is the mean of 8 · 4096 squares of it, with a standard error of 4/3 · √(2 /
-# 32,768).
-
-# %%
-error = 4 / 3 * math.sqrt(2 / (8 * 4096))
-seen = []
-for seed in range(3):
-    torch.manual_seed(seed)
-    layer = Layer(nn.Linear(4096, 4096), r=16, alpha=32.0)
-    with torch.no_grad():
-        seen.append(F.mse_loss(layer(torch.randn(8, 4096)), torch.randn(8, 4096)).item())
-assert all(abs(loss - 4 / 3) < 5 * error for loss in seen)
-claim(
-    "Its first loss is 1.2418.",
-    source="the same printed output",
-    cases=abs(1.2418 - 4 / 3) < 5 * error,
-    found=f"4/3 ± {error:.3f} by hand, {', '.join(f'{loss:.2f}' for loss in seen)} from three seeds; "
-    f"1.2418 lies {(4 / 3 - 1.2418) / error:.0f} standard errors below",
-    verdict="does not hold",
-)
-
-
-# %%
-def kurtosis(values):
-    """Mean of v⁴ over the square of the mean of v²: 3 for a Gaussian, 9/5 for a uniform distribution."""
-    return float(values.pow(4).mean() / values.pow(2).mean() ** 2)
-
-
-claim(
-    "kaiming_uniform_(A, a=√5) makes a Gaussian, or Gaussian-ish, A.",
-    source="comments in two articles' code: the last one, and LoRA Mathematics and Implementation",
-    cases=abs(kurtosis(by_rows) - 3) < 0.2,
-    found=f"uniform, as its name says: kurtosis {kurtosis(by_rows):.2f}; of Gaussian numbers {kurtosis(gaussian):.2f}",
-    verdict="does not hold",
-)
-bounds = {"A is (r, in): loralib, PEFT, minilora": by_rows, "A is (in, r): LLMs-from-scratch": by_columns}
-claim(
-    "That line draws A within ±1/√in.",
-    source="LLMs-from-scratch, pkg/llms_from_scratch/appendix_e.py at 8f3e5b0, beside the others",
-    cases={name: bool(A.abs().max() <= 1 / math.sqrt(768)) for name, A in bounds.items()},
-    found=f"±1/√(second axis): ±{by_rows.abs().max():.3f} and ±{by_columns.abs().max():.3f} at in = 768, r = 16",
-    verdict="holds when",
-)
-
-# %% [markdown]
+# The first of them is the bug of exercise 04.2: the article's own code does not freeze what it does not wrap, and the
+# output beside it was not printed by that code.
+#
 # ## 10 · Exercises
 #
 # **Core** (checked, in section 6):

@@ -4,7 +4,8 @@
     lessons       where their sources are           evidence       claim, expect_bug
     explorer      show, explorer                    plots          every figure, numbers in, Figure out
     instrumented  an array that logs what is made   progress       the learner's local file
-    build         lessons/ → notebooks/
+    build         lessons/ → notebooks/             claims         what articles say, and what settles it
+    ledger        claims → CLAIMS.md
 
 `lessons/README.md` says how a lesson is written with them. Imports nothing.
 """

@@ -86,7 +86,7 @@ class Lesson:
     def source_sha256(self) -> str:
         """The hash of everything that the notebooks are made from."""
         digest = hashlib.sha256()
-        for name in ("lesson.py", "exercises.py", "quiz.yml"):
+        for name in ("lesson.py", "exercises.py", "quiz.yml", "claims.py"):
             path = self.folder / name
             digest.update(name.encode() + b"\0" + (path.read_bytes() if path.exists() else b"") + b"\0")
         return digest.hexdigest()

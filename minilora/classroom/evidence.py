@@ -31,15 +31,33 @@ def claim(fact: str, *, source: str, cases: bool | Mapping[str, bool], found: st
     """
     if verdict not in VERDICTS:
         raise ValueError(f"no verdict is called {verdict!r}: choose one of {list(VERDICTS)}")
-    named = dict(cases) if isinstance(cases, Mapping) else {"": bool(cases)}
-    true, false = (
-        [name for name, is_true in named.items() if is_true],
-        [n for n, is_true in named.items() if not is_true],
-    )
-    computed = "holds" if not false else "does not hold" if not true else "holds when"
+    computed, when = judge(cases)
     if computed != verdict:
-        raise AssertionError(f"the verdict on “{fact}” was {verdict!r}; the code now says {computed!r}: {named}")
-    detail = f" {', '.join(true)}; not when {', '.join(false)}" if verdict == "holds when" else ""
+        raise AssertionError(f"the verdict on “{fact}” was {verdict!r}; the code now says {computed!r}: {cases}")
+    print_claim(fact, source, found, verdict, when)
+
+
+def judge(cases: bool | Mapping[str, bool]) -> tuple[str, str]:
+    """The verdict that follows from the cases; and, where it holds in some of them, in which.
+
+    >>> judge({"r = 8": True, "r = 64": False})
+    ('holds when', 'r = 8; not when r = 64')
+    """
+    named = dict(cases) if isinstance(cases, Mapping) else {"": bool(cases)}
+    true = [name for name, is_true in named.items() if is_true]
+    false = [name for name, is_true in named.items() if not is_true]
+    if true and false:
+        return "holds when", f"{_or_when(true)}; not when {_or_when(false)}"
+    return ("holds" if true else "does not hold"), ""
+
+
+def _or_when(names: list[str]) -> str:
+    return ", or when ".join(names)
+
+
+def print_claim(fact: str, source: str, found: str, verdict: str, when: str = "") -> None:
+    """Print a claim in a notebook."""
+    detail = f" {when}" if when else ""
     print(f"Claim    {fact}\n         ({source})\nFound    {found}\nVerdict  {verdict.upper()}{detail}\n")
 
 

@@ -38,12 +38,31 @@ def lesson_module(lesson: str, kind: str = "exercises") -> ModuleType:
     files = sorted(lessons_folder().glob(f"[0-9][0-9]_*/{kind}.py"))
     for path in files:
         if path.parent.name.startswith(f"{lesson}_"):
-            return _load(path)
+            return load(path)
     raise KeyError(f"no lesson {lesson!r} has {kind}; the lessons are {[path.parent.name for path in files]}")
 
 
+def lesson_titles() -> dict[str, str]:
+    """The number and the title of every lesson that has exercises, in order: the first heading of its source."""
+    titles = {}
+    for path in sorted(lessons_folder().glob("[0-9][0-9]_*/exercises.py")):
+        source = (path.parent / "lesson.py").read_text(encoding="utf-8").splitlines()
+        heading = next(line for line in source if line.startswith("# # "))
+        titles[path.parent.name[:2]] = heading.removeprefix("# # ").partition(" · ")[2]
+    return titles
+
+
+def claim_files() -> list[Path]:
+    """Every claims.py of a lesson, and every file of lessons/claims: by the number of the lesson, its own first."""
+    folder = lessons_folder()
+    own, more = sorted(folder.glob("[0-9][0-9]_*/claims.py")), sorted(folder.glob("claims/[0-9][0-9]_*.py"))
+    numbers = {path: path.parent.name[:2] for path in own} | {path: path.name[:2] for path in more}
+    return sorted(numbers, key=lambda path: numbers[path])
+
+
 @functools.cache
-def _load(path: Path) -> ModuleType:
+def load(path: Path) -> ModuleType:
+    """Import a file of the lessons, once."""
     name = f"minilora_lesson_{path.parent.name[:2]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

@@ -135,7 +135,7 @@ def fake_build(lesson: Lesson) -> None:
     module._write(module._notebook(lesson, student_cells(cells)), lesson.student)
 
 
-@pytest.mark.parametrize("name", ["lesson.py", "exercises.py", "quiz.yml"])
+@pytest.mark.parametrize("name", ["lesson.py", "exercises.py", "quiz.yml", "claims.py"])
 def test_a_changed_source_makes_both_notebooks_stale(
     name: str, root: Path, lesson: Lesson, capsys: pytest.CaptureFixture[str]
 ):
