@@ -159,6 +159,13 @@ def test_a_right_answer_of_another_build_scores_in_full(build: str):
     assert (grade.status, grade.points) == ("passed", FORWARD.points), grade.message
 
 
+def test_pytorch_may_be_used_where_the_lesson_does_not(tmp_path: Path):
+    own = "x, W, A, B = (torch.tensor(np.asarray(each)) for each in (x, W, A, B))\n"
+    own = "import torch\n" + body(own + "return (x @ W.T + alpha / len(A) * (x @ A.T) @ B.T).numpy()")
+
+    assert grade_notebook(notebook(tmp_path, own), "03", secret=SECRET)[0].status == "passed"
+
+
 def test_a_function_may_print_and_use_helpers_and_globals_of_other_cells(tmp_path: Path):
     cells = (
         "%matplotlib inline\nimport numpy as np",
