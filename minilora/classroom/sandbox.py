@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -151,8 +151,10 @@ class Sandbox:
             notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
             raise DoesNotRun(f"{type(error).__name__}: {error}{notes}") from None
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, functions: Sequence[Callable] = (), **request: Any) -> dict[str, Any]:
         """Send a request and wait for its answer; an exception over there is raised here.
+
+        On the way it may ask for what these functions of ours give.
 
         Raises:
             Stopped: if no answer comes, or none that can be read.
@@ -160,15 +162,24 @@ class Sandbox:
         """
         number = secrets.token_hex(8)
         self._send({**request, "id": number})
-        return self._checked(self._receive(), number)
+        while "asks" in (message := self._checked(self._receive(), number)):
+            self._send(_answered(functions, message))
+        return message
 
     def function(self, name: str) -> Callable:
-        """A stand-in for a function of the learner's: it sends its inputs over and gives what came back."""
+        """A stand-in for a function of the learner's: it sends its inputs over and gives what came back.
+
+        An input that is a function stays here; over there is one that asks for what it gives.
+        """
 
         def stand_in(*inputs: Any, **named: Any) -> Any:
             watched = [each for each in inputs if isinstance(each, InstrumentedArray)]
+            functions = [each for each in inputs if is_function(each)]
             tree = sandboxed.encode((inputs, named))
-            reply = self.ask(do="call", function=name, inputs=tree, watched=bool(watched))
+            for at, each in enumerate(inputs):
+                if is_function(each):
+                    tree["items"][0]["items"][at] = {"kind": "function", "number": functions.index(each)}
+            reply = self.ask(functions, do="call", function=name, inputs=tree, watched=bool(watched))
             try:
                 if watched and watched[0].log is not None:
                     allocated, multiplications = reply["log"]
@@ -254,6 +265,20 @@ class Sandbox:
         if code == -signal.SIGXCPU or (code == -signal.SIGKILL and self._left() > 0):
             return f"it used up its {self._limits.seconds:g} s of processor time, or its memory"
         return f"its process ended (code {code}) before it answered"
+
+
+def is_function(value: Any) -> bool:
+    """Whether a value is called and no more: a function, or an object with `__call__`, but no class and no module."""
+    return callable(value) and not isinstance(value, type) and not hasattr(value, "parameters")
+
+
+def _answered(functions: Sequence[Callable], message: dict[str, Any]) -> dict[str, Any]:
+    """What a function of ours gives for the inputs that the process sent."""
+    try:
+        inputs, named = sandboxed.decode(message["inputs"])
+        return {"value": sandboxed.encode(functions[message["asks"]](*inputs, **named))}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def restore(whole: Any, path: Any, leaf: Any) -> None:

@@ -635,6 +635,24 @@ def test_every_kind_of_plain_value_comes_back_as_it_went():
                 assert back == value
 
 
+def test_a_function_among_the_inputs_stays_here_and_is_asked_from_there():
+    asked = []
+
+    def measure(r, seed=0):
+        asked.append((r, seed))
+        if r > 2:
+            raise ValueError("too much")
+        return r * 10.0, "loss"
+
+    own = "def f(measure, most):\n    return [measure(r, seed=1)[0] for r in range(most)], hasattr(measure, 'planted')"
+    measure.planted = 3  # type: ignore[attr-defined]
+    with Sandbox(own=own) as sandbox:
+        assert sandbox.function("f")(measure, 3) == ([0.0, 10.0, 20.0], False)
+        assert asked == [(0, 1), (1, 1), (2, 1)]
+        with pytest.raises(RuntimeError, match="ValueError: too much"):
+            sandbox.function("f")(measure, 4)
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), np.linalg.LinAlgError("x"), ZeroDivisionError()])
 def test_an_exception_over_there_is_one_of_the_same_name_here(error: Exception):
     kind = "np.linalg.LinAlgError" if isinstance(error, np.linalg.LinAlgError) else type(error).__name__
