@@ -131,7 +131,7 @@ class Sandbox:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-        self._process.wait()
+        self._process.wait(timeout=30)  # it is dead by now
         self._folder.cleanup()
 
     def _begin(self) -> None:
