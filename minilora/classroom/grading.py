@@ -165,7 +165,7 @@ def _is_stub(node: ast.AST) -> bool:
     """Whether a function, or every method of a class, is only a docstring, `...` or `pass`."""
     if isinstance(node, ast.ClassDef):
         methods = [each for each in node.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))]
-        return all(_is_stub(each) for each in methods)
+        return bool(methods) and all(_is_stub(each) for each in methods)
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return False
     return all(
