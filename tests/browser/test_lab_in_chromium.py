@@ -1,4 +1,4 @@
-"""A learner in a real browser: a lesson runs, its slider moves; a mistake is named, a hint given, a right answer passes.
+"""A learner in a browser: a lesson runs, its slider moves; a mistake is named, a hint given, a right answer passes.
 
 Set MINILORA_SCREENSHOTS to a folder to keep the pictures that are taken on the light and the dark theme.
 """
