@@ -223,8 +223,14 @@ def _size(args: argparse.Namespace) -> int:
     return run(args)
 
 
-def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
     """It has none."""
+
+
+def _progress(args: argparse.Namespace) -> int:
+    from minilora.classroom.progress_report import run
+
+    return run()
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -288,10 +294,16 @@ COMMANDS = {
         add_arguments=_size_arguments,
         run=_size,
     ),
+    "progress": Command(
+        does="which exercises of the course you have done; the file is on this machine alone",
+        example="minilora progress",
+        add_arguments=_no_arguments,
+        run=_progress,
+    ),
     "doctor": Command(
         does="what this machine has, and what to do about what it has not",
         example="minilora doctor",
-        add_arguments=_doctor_arguments,
+        add_arguments=_no_arguments,
         run=_doctor,
     ),
 }

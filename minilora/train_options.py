@@ -1,10 +1,12 @@
 """The options of `minilora train`: what there is to say about data, method, steps and measuring.
 
 A default of None is the method's own, which train/methods knows. These lie here, and not in train/, so that `--help`
-waits for no heavy import. Read before this file: nothing.
+waits for no heavy import. Read before this file: llm/method_options.
 """
 
 import argparse
+
+from minilora.llm.method_options import AGAIN_HELP, DTYPE_HELP, add_method_options
 
 METHODS_HELP = """methods:
   lora      B A beside every linear layer                              --lr 2e-4
@@ -46,20 +48,27 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         help="of the rate, after the warm-up (default %(default)s)",
     )
     add("--warmup", type=float, default=0.1, metavar="SHARE", help="of the steps (default %(default)s)")
-    add("--weight-decay", type=float, default=0.0, metavar="W", help="of what trains, AdamW's (default %(default)s)")
+    add(
+        "--weight-decay",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="AdamW's (default %(default)s), of what trains but dora's lengths; not with ia3, pissa, olora, loftq, "
+        "which begin where zero is not",
+    )
     add("--max-grad-norm", type=float, default=1.0, metavar="N", help="gradients are clipped to it (default 1)")
     add("--epochs", type=int, default=1, metavar="N", help="times every sample is seen (default %(default)s)")
     add("--batch", type=int, default=8, metavar="N", help="samples a step (default %(default)s)")
     add("--pack", type=int, metavar="TOKENS", help="several samples in a row of so many tokens; --batch counts rows")
     add("--accumulate", type=int, default=1, metavar="N", help="take a batch in N parts, in their memory (default 1)")
-    add("--dtype", choices=("bf16", "fp32"), help="of the weights (default bf16; fp32 where all of them train)")
+    add("--dtype", choices=("bf16", "fp32"), help=DTYPE_HELP)
     add(
         "--optimizer",
         choices=("adamw", "adamw-8bit"),
         default="adamw",
         help="its moments in 32 bits (default), or in 8",
     )
-    add("--checkpointing", action="store_true", help="keep the input of each layer, compute the layer again")
+    add("--checkpointing", action="store_true", help=AGAIN_HELP)
     add(
         "--parallel",
         choices=("ddp", "fsdp"),
@@ -75,7 +84,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     add(
         "--eval-data",
         metavar="FILE",
-        help="JSONL of samples to measure on, what was gained and forgotten; the best adapter is kept in best/",
+        help="JSONL of samples to measure on, what was gained and forgotten; the best is kept in best/",
     )
     add("--eval-every", type=int, metavar="N", help="steps from measurement to measurement (default 50)")
     add("--patience", type=int, metavar="N", help="stop after N measurements without a lower loss")
@@ -87,16 +96,15 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("method").add_argument
     names = [line.split()[0] for line in METHODS_HELP.splitlines()[1:]]
     add("--method", choices=names, default="lora", metavar="NAME", help="one of those below (default %(default)s)")
-    add("-r", "--r", type=int, metavar="RANK", help="of LoRA and its kin (default 16), of galore's projection (128)")
+    add_method_options(add)
     add("--alpha", type=float, metavar="A", help="the update is scaled by alpha / r (default 2 r)")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(r) instead: rsLoRA")
-    add("--targets", metavar="NAMES", help="modules under LoRA, such as q_proj,v_proj (default all-linear)")
     add("--dropout", type=float, default=0.0, metavar="P", help="of LoRA's input (default %(default)s)")
     add("--loraplus-ratio", type=float, metavar="X", help="B learns X times as fast as A: LoRA+ (its paper: 16)")
-    add("--start-r", type=int, metavar="RANK", help="adalora's at the start; -r is the mean at the end (default 1.5 r)")
-    add("--bottleneck", type=int, metavar="N", help="features of houlsby's small layers (default 64)")
-    add("--virtual-tokens", type=int, metavar="N", help="of prefix and prompt (default 20)")
-    add("--words", metavar="TEXT", help="prefix and prompt begin as these words, a virtual token for each token")
-    add("--prefix-mlp", type=int, metavar="N", help="make prefix's keys and values by an MLP of N features")
+    add(
+        "--words",
+        metavar="TEXT",
+        help="prefix and prompt begin as these words, a virtual token each; else at random, prefix then far off",
+    )
     add("--refresh", type=int, metavar="N", help="steps from one of galore's projections to the next (default 200)")
     add("--galore-scale", type=float, metavar="X", help="of galore's steps (default 0.25)")

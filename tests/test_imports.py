@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"torch_lora", "qlora", "llm"},
     "train": {"files", "torch_lora", "methods", "qlora", "llm", "cpu"},
     "classroom": {"files", "numpy_lora", "torch_lora", "llm", "qlora", "methods", "train"},
-    "train_options": set(),
+    "train_options": {"llm"},
     "cli": set(),
     "doctor": set(),
 }

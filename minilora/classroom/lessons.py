@@ -42,6 +42,16 @@ def lesson_module(lesson: str, kind: str = "exercises") -> ModuleType:
     raise KeyError(f"no lesson {lesson!r} has {kind}; the lessons are {[path.parent.name for path in files]}")
 
 
+def lesson_titles() -> dict[str, str]:
+    """The number and the title of every lesson that has exercises, in order: the first heading of its source."""
+    titles = {}
+    for path in sorted(lessons_folder().glob("[0-9][0-9]_*/exercises.py")):
+        source = (path.parent / "lesson.py").read_text(encoding="utf-8").splitlines()
+        heading = next(line for line in source if line.startswith("# # "))
+        titles[path.parent.name[:2]] = heading.removeprefix("# # ").partition(" · ")[2]
+    return titles
+
+
 def claim_files() -> list[Path]:
     """Every claims.py of a lesson, and every file of lessons/claims: by the number of the lesson, its own first."""
     folder = lessons_folder()

@@ -112,7 +112,7 @@ def made_for_step(arch: Architecture, setup: Setup, trained: Collection[Linear])
     if setup.method == "dora":  # the lengths ‖V‖, and g
         return sum(2 * 4 * linear.out_features for linear in trained)
     if setup.method == "adalora":  # P Λ
-        return sum(4 * linear.out_features * setup.r for linear in trained)
+        return sum(4 * linear.out_features * setup.first_r for linear in trained)
     if setup.method in ("pissa", "olora"):  # [A − A0; A0] and [B, B − B0]
         return sum(4 * linear.lora_params(setup.run_r) for linear in trained)
     if setup.method == "houlsby" and setup.width_bytes < 4:  # W_down and W_up in the dtype of h
@@ -123,7 +123,7 @@ def made_for_step(arch: Architecture, setup: Setup, trained: Collection[Linear])
 def logit_terms(arch: Architecture, setup: Setup) -> dict[str, int]:
     """The bytes at the loss, which makes the logits of LOSS_CHUNK_TOKENS tokens at a time."""
     n = min(setup.n_tokens, LOSS_CHUNK_TOKENS) * arch.vocab
-    terms = {f"logits in {setup.dtype}": n * setup.width_bytes}
+    terms = {f"logits in {setup.weights_dtype}": n * setup.width_bytes}
     if setup.trains_all:
         terms["gradient of the head in fp32, and scaled"] = 2 * arch.vocab * arch.hidden * 4
     return terms

@@ -40,12 +40,12 @@ BESIDE = {
 
 def compared(arch: Architecture, setups: Sequence[Setup]) -> list[str]:
     """One column a method, COLUMNS of them side by side."""
-    used = {setup.method: training_bytes(arch, setup) for setup in setups}
-    unit = _unit(list(used.values()))
+    used = [training_bytes(arch, setup) for setup in setups]
+    unit = _unit(used)
     lines = [_memory_title(setups[0], unit)]
     for start in range(0, len(setups), COLUMNS):
-        some = dict(list(used.items())[start : start + COLUMNS])
-        lines += ["", *_columns(some, unit)] if start else _columns(some, unit)
+        some = slice(start, start + COLUMNS)
+        lines += [*([""] if start else []), *_columns(setups[some], used[some], unit)]
     return [
         *lines,
         "",
@@ -54,18 +54,24 @@ def compared(arch: Architecture, setups: Sequence[Setup]) -> list[str]:
     ]
 
 
-def _columns(used: dict[str, TrainingBytes], unit: str) -> list[str]:
+def _columns(setups: Sequence[Setup], used: Sequence[TrainingBytes], unit: str) -> list[str]:
     parts = [
-        f"  {label:<26}" + "".join(_cell(getattr(column, field), unit) for column in used.values())
+        f"  {label:<26}" + "".join(_cell(getattr(column, field), unit) for column in used)
         for field, label in ROWS.items()
+        if any(getattr(column, field) for column in used)
     ]
     return [
-        " " * 28 + "".join(f"{method:>11}" for method in used),
+        " " * 28 + "".join(f"{setup.method:>11}" for setup in setups),
+        f"  {'dtype of the weights':<26}" + "".join(f"{_dtype(setup):>11}" for setup in setups),
         *parts,
-        f"  {'in all':<26}" + "".join(_cell(column.total, unit) for column in used.values()),
-        f"  {'in GiB (2³⁰ bytes)':<26}" + "".join(f"{column.total / 2**30:>11.2f}" for column in used.values()),
-        f"  {'takes a card of':<26}" + "".join(f"{_card(column):>11}" for column in used.values()),
+        f"  {'in all':<26}" + "".join(_cell(column.total, unit) for column in used),
+        f"  {'in GiB (2³⁰ bytes)':<26}" + "".join(f"{column.total / 2**30:>11.2f}" for column in used),
+        f"  {'takes a card of':<26}" + "".join(f"{_card(column):>11}" for column in used),
     ]
+
+
+def _dtype(setup: Setup) -> str:
+    return "4 bits" if setup.is_in_4_bits else setup.weights_dtype
 
 
 def explained(arch: Architecture, setup: Setup) -> list[str]:
@@ -90,13 +96,13 @@ def explained(arch: Architecture, setup: Setup) -> list[str]:
 
 def _reasons(setup: Setup) -> dict[str, str]:
     """What each part of the memory is made of."""
-    trained = TRAINED.get(setup.method, "A and B")
+    trained, dtype = TRAINED.get(setup.method, "A and B"), setup.weights_dtype
     moments = "two moments in 8 bits" if setup.optimizer == "adamw-8bit" else "two moments in fp32"
     return {
-        "weights": f"4.127 bits in linear layers, {setup.dtype} elsewhere" if setup.is_in_4_bits else setup.dtype,
+        "weights": f"4.127 bits in linear layers, {dtype} elsewhere" if setup.is_in_4_bits else dtype,
         "adapter": trained + BESIDE.get(setup.method, ""),
-        "gradients": f"{setup.dtype}, of all parameters" if setup.trains_all else f"fp32, of {trained}",
-        "optimizer": moments + (f" of rank {setup.r}, and projectors" if setup.method == "galore" else ""),
+        "gradients": f"{dtype}, of all parameters" if setup.trains_all else f"fp32, of {trained}",
+        "optimizer": moments + (f" of rank {setup.first_r}, and projectors" if setup.method == "galore" else ""),
         "master": "the optimizer updates this, and rounds it to the weights",
         "activations": "kept for the backward pass, or alive beside it:",
         "logits": f"{min(setup.n_tokens, LOSS_CHUNK_TOKENS):,} tokens at a time × the vocabulary:",
@@ -106,7 +112,7 @@ def _reasons(setup: Setup) -> dict[str, str]:
 def _memory_title(setup: Setup, unit: str) -> str:
     again = ", checkpointing" if setup.checkpointing else ""
     tokens = f"{setup.batch} × {setup.seq:,} tokens"
-    return f"Memory of training in {unit}: {setup.dtype}, {setup.optimizer}, {tokens}{again}"
+    return f"Memory of training in {unit}: {setup.optimizer}, {tokens}{again}"
 
 
 def _unit(columns: list[TrainingBytes]) -> str:

@@ -59,13 +59,7 @@ def save_model(
         dtypes = {dtype for shard in shards for dtype, _ in shard.values()}
         names = {name for shard in shards for name in shard}
         _write_json(making / "config.json", _config_for(config, dtypes, names))
-        for name in COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, making / name)
-        if chat_template is not None:
-            (making / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
-        if end is not None:
-            _end_answers_with(making, *end)
+        _write_words(making, source, chat_template, end)
         (making / "README.md").write_text(card(), encoding="utf-8")
         mode = (making / "README.md").stat().st_mode  # what the umask gives
         for path in making.iterdir():
@@ -124,6 +118,17 @@ def _config_for(config: dict[str, object], dtypes: set[torch.dtype], names: set[
     untied = {"tie_word_embeddings": False} if config.get("tie_word_embeddings") and HEAD in names else {}
     floats = {key: value for key, value in config.items() if key != "quantization_config"}  # weights are floats now
     return floats | said | untied
+
+
+def _write_words(folder: Path, source: Path, chat_template: str | None, end: tuple[str, int] | None) -> None:
+    """Copy what turns text into tokens and back, and licences; with another template and end, if there are."""
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if chat_template is not None:
+        (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+    if end is not None:
+        _end_answers_with(folder, *end)
 
 
 def _end_answers_with(folder: Path, text: str, number: int) -> None:

@@ -43,23 +43,48 @@ from minilora.llm.sizes import (
 LOW_RANK = ("lora", "dora", "qlora", "adalora", "pissa", "olora", "loftq")  # A and B beside the matrices of `targets`
 VIRTUAL = ("prefix", "prompt")
 METHODS = ("full", *LOW_RANK, "ia3", "houlsby", *VIRTUAL, "galore")
+USED_BY = {  # settings that some methods alone have a use for
+    "r": (*LOW_RANK, "galore"),
+    "start_r": ("adalora",),
+    "targets": LOW_RANK,
+    "bottleneck": ("houlsby",),
+    "n_virtual": VIRTUAL,
+    "mlp_features": ("prefix",),
+    "master_weights": ("full",),
+}
+
+
+def default_r(method: str) -> int:
+    """The rank of A and B, or of GaLore's projection, where none is given."""
+    return 128 if method == "galore" else 16
+
+
+def default_start_r(r: int) -> int:
+    """AdaLoRA's rank at the start, where r is what its layers shall have on average at the end: 1.5 r."""
+    return -(-3 * r // 2)
+
+
+def default_dtype(method: str) -> str:
+    """The dtype of the weights: bf16 under an adapter, fp32 where they train themselves."""
+    return "fp32" if method in ("full", "galore") else "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How a model is trained. Checked when made; what a method has no use for, it does not look at.
+    """How a model is trained, as `minilora train` would. What a method has no use for, it does not look at.
 
     Raises:
         ValueError: for an unknown name, a number below 1, or two settings that exclude each other.
     """
 
     method: str = "lora"
-    r: int = 8  # of A and B, and of GaLore's projection
+    r: int | None = None  # of A and B, and of GaLore's projection; None: default_r
+    start_r: int | None = None  # AdaLoRA's at the start; None: default_start_r
     targets: str | tuple[str, ...] = ALL_LINEAR  # of the methods with A and B
     bottleneck: int = 64  # of houlsby
     n_virtual: int = 20  # tokens of prefix and prompt
     mlp_features: int | None = None  # of the network that makes a prefix while it trains, if there is one
-    dtype: str = "bf16"  # of weights and arithmetic; an adapter is fp32 always
+    dtype: str | None = None  # of weights and arithmetic, None: default_dtype; an adapter is fp32 always
     optimizer: str = "adamw"
     batch: int = 1
     seq: int = 512  # tokens in a row of the batch
@@ -69,10 +94,12 @@ class Setup:
     def __post_init__(self) -> None:
         known("method", self.method, METHODS)
         known("optimizer", self.optimizer, OPTIMIZERS)
-        width_bytes(self.dtype)
+        width_bytes(self.weights_dtype)
         for name in ("r", "bottleneck", "n_virtual", "mlp_features", "batch", "seq"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        if self.method == "adalora" and self.first_r < self.asked_r:
+            raise ValueError(f"start_r is {self.start_r}: choose a whole number from r, {self.asked_r}, on")
         if self.method == "prefix" and self.checkpointing:
             raise ValueError(
                 "prefix tuning cannot compute a layer again: its gradients would not reach the prefix; leave "
@@ -96,9 +123,26 @@ class Setup:
         return self.method in ("qlora", "loftq")
 
     @property
+    def asked_r(self) -> int:
+        """The rank that was asked for, or the method's own."""
+        return default_r(self.method) if self.r is None else self.r
+
+    @property
+    def first_r(self) -> int:
+        """The rank at the start, of A and B and of GaLore's projection: of AdaLoRA more than was asked for."""
+        if self.method != "adalora":
+            return self.asked_r
+        return default_start_r(self.asked_r) if self.start_r is None else self.start_r
+
+    @property
     def run_r(self) -> int:
         """The rank of the product beside each matrix: of PiSSA and OLoRA, which subtract their start, 2r."""
-        return 2 * self.r if self.method in ("pissa", "olora") else self.r
+        return 2 * self.first_r if self.method in ("pissa", "olora") else self.first_r
+
+    @property
+    def weights_dtype(self) -> str:
+        """The dtype of the weights."""
+        return self.dtype or default_dtype(self.method)
 
     @property
     def n_tokens(self) -> int:
@@ -113,7 +157,7 @@ class Setup:
     @property
     def width_bytes(self) -> int:
         """Bytes of one number in the weights and activations."""
-        return width_bytes(self.dtype)
+        return width_bytes(self.weights_dtype)
 
 
 def trained_shapes(arch: Architecture, setup: Setup) -> list[Shape]:
@@ -125,9 +169,9 @@ def trained_shapes(arch: Architecture, setup: Setup) -> list[Shape]:
     if setup.trains_all:
         return list(parameter_shapes(arch).values())
     if setup.method == "adalora":
-        return adalora_shapes(arch, setup.r, setup.targets)
+        return adalora_shapes(arch, setup.first_r, setup.targets)
     if setup.is_low_rank:
-        return list(adapter_shapes(arch, setup.r, setup.targets, setup.method == "dora").values())
+        return list(adapter_shapes(arch, setup.first_r, setup.targets, setup.method == "dora").values())
     if setup.method == "ia3":
         return [(n,) for _ in range(arch.n_layers) for n in ia3_vectors(arch).values()]
     if setup.method == "houlsby":

@@ -1,24 +1,14 @@
-"""`minilora size`: its options, and what it prints of them. Read before this file: setup, size_report."""
+"""`minilora size`: its options, and what it prints of them. Read before this file: method_options, size_report."""
 
 import argparse
 import json
-from dataclasses import replace
+from collections.abc import Collection, Sequence
 
 from minilora.llm.architectures import ALL_LINEAR, find_architecture
-from minilora.llm.setup import LOW_RANK, METHODS, VIRTUAL, Setup
+from minilora.llm.method_options import AGAIN_HELP, DTYPE_HELP, FLAGS, add_method_options
+from minilora.llm.setup import METHODS, USED_BY, Setup
 from minilora.llm.size_report import COMPARED, list_report, size_numbers, size_report
 from minilora.llm.sizes import DTYPE_BYTES, OPTIMIZERS
-
-USUAL = Setup()
-USED_BY = {  # options that some methods alone have a use for
-    "r": (*LOW_RANK, "galore"),
-    "targets": LOW_RANK,
-    "bottleneck": ("houlsby",),
-    "n_virtual": VIRTUAL,
-    "mlp_features": ("prefix",),
-    "master_weights": ("full",),
-}
-SPELLED = {"master_weights": "no-master-weights", "n_virtual": "virtual-tokens", "mlp_features": "prefix-mlp"}
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,39 +21,12 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help=f"how it is trained: one of {', '.join(METHODS)}; or several with commas (default {','.join(COMPARED)})",
     )
-    add(
-        "-r", "--r", type=int, default=USUAL.r, metavar="RANK",
-        help="of A and B, of adalora at the start; of galore's projection (default %(default)s)",
-    )  # fmt: skip
-    add(
-        "--targets", default=ALL_LINEAR, metavar="NAMES",
-        help="the matrices beside which A and B stand, such as q_proj,v_proj (default %(default)s); "
-        "ia3 and houlsby have their own, prefix and prompt none",
-    )  # fmt: skip
-    add(
-        "--bottleneck", type=int, default=USUAL.bottleneck, metavar="N",
-        help="houlsby: numbers in the middle of an adapter (default %(default)s)",
-    )  # fmt: skip
-    add(
-        "--virtual-tokens", dest="n_virtual", type=int, default=USUAL.n_virtual, metavar="TOKENS",
-        help="prefix, prompt: learned tokens before the text (default %(default)s)",
-    )  # fmt: skip
-    add(
-        "--prefix-mlp",
-        dest="mlp_features",
-        type=int,
-        metavar="N",
-        help="prefix: width of a network that makes it (default: none)",
-    )
-    add("--dtype", choices=DTYPE_BYTES, default=USUAL.dtype, help="of the weights (default %(default)s)")
-    add("--optimizer", choices=OPTIMIZERS, default=USUAL.optimizer, help="(default %(default)s; galore is one itself)")
-    add("--batch", type=int, default=USUAL.batch, metavar="N", help="sequences (default %(default)s)")
-    add("--seq", type=int, default=USUAL.seq, metavar="TOKENS", help="of each (default %(default)s)")
-    add(
-        "--checkpointing",
-        action="store_true",
-        help="keep the input of each layer, compute it again (not with prefix)",
-    )
+    add_method_options(add)
+    add("--dtype", choices=DTYPE_BYTES, help=DTYPE_HELP)
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default %(default)s; galore is one itself)")
+    add("--batch", type=int, default=1, metavar="N", help="sequences (default %(default)s)")
+    add("--seq", type=int, default=512, metavar="TOKENS", help="of each (default %(default)s)")
+    add("--checkpointing", action="store_true", help=AGAIN_HELP)
     add("--no-master-weights", action="store_true", help="full: training in 16 bits without an fp32 copy")
     add("--json", action="store_true", help="the same numbers as JSON")
 
@@ -80,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         raise ValueError("which model? Give a name or a config.json; `minilora size --list` shows the names")
     arch = find_architecture(args.model)
-    methods = COMPARED if args.method is None else tuple(_names(args.method))
-    setups = [replace(setup_of(args), method=method) for method in methods]
-    _refuse_useless(setups)
+    setups = setups_of(args, COMPARED if args.method is None else _names(args.method))
     if args.json:
         print(json.dumps(size_numbers(args.model, arch, setups), indent=2))
     else:
@@ -90,21 +51,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def setup_of(args: argparse.Namespace) -> Setup:
-    """The options, of whatever method."""
-    return Setup(
-        r=args.r,
-        targets=ALL_LINEAR if args.targets == ALL_LINEAR else tuple(_names(args.targets)),
-        bottleneck=args.bottleneck,
-        n_virtual=args.n_virtual,
-        mlp_features=args.mlp_features,
-        dtype=args.dtype,
-        optimizer=args.optimizer,
-        batch=args.batch,
-        seq=args.seq,
-        checkpointing=args.checkpointing,
-        master_weights=not args.no_master_weights,
-    )
+def setups_of(args: argparse.Namespace, methods: Sequence[str]) -> list[Setup]:
+    """The options, for each of these methods; what was not given is the method's own.
+
+    Raises:
+        ValueError: if one is impossible, or none of the methods has a use for it.
+    """
+    given = {
+        "r": args.r,
+        "start_r": args.start_r,
+        "targets": None if args.targets in (None, ALL_LINEAR) else tuple(_names(args.targets)),
+        "bottleneck": args.bottleneck,
+        "n_virtual": args.virtual_tokens,
+        "mlp_features": args.prefix_mlp,
+        "master_weights": False if args.no_master_weights else None,
+        "dtype": args.dtype,
+    }
+    asked = {name: value for name, value in given.items() if value is not None}
+    run = {"optimizer": args.optimizer, "batch": args.batch, "seq": args.seq, "checkpointing": args.checkpointing}
+    setups = [Setup(method=method, **asked, **run) for method in methods]
+    _refuse_useless(setups, asked)
+    return setups
 
 
 def _names(text: str) -> list[str]:
@@ -112,9 +79,12 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
-def _refuse_useless(setups: list[Setup]) -> None:
-    asked = [setup.method for setup in setups]
-    for setting, methods in USED_BY.items():
-        if getattr(setups[0], setting) != getattr(USUAL, setting) and not set(asked) & set(methods):
-            option = SPELLED.get(setting, setting)
-            raise ValueError(f"--{option} does nothing for {', '.join(asked)}: it is an option of {', '.join(methods)}")
+def _refuse_useless(setups: Sequence[Setup], asked: Collection[str]) -> None:
+    methods = [setup.method for setup in setups]
+    for setting in USED_BY.keys() & asked:
+        if not set(methods) & set(USED_BY[setting]):
+            option = FLAGS.get(setting, "--no-master-weights")
+            users = ", ".join(USED_BY[setting])
+            raise ValueError(f"{option} does nothing for {', '.join(methods)}: it is an option of {users}")
+    if "master_weights" in asked and all(setup.width_bytes == 4 for setup in setups if setup.method == "full"):
+        raise ValueError("--no-master-weights does nothing in fp32, where there is no copy: give --dtype bf16")

@@ -30,7 +30,7 @@ SPELLED = {
 
 
 def size_numbers(name: str, arch: Architecture, setups: Sequence[Setup]) -> dict[str, Any]:
-    """Every number of the report under its own name, ready for JSON. Setups differ in the method alone.
+    """Every number of the report under its own name, ready for JSON. Setups differ in the method and its own defaults.
 
     Counts are those of the one method; of LoRA, where nothing was chosen; with several, `trainable` has one for each.
     """
@@ -39,7 +39,9 @@ def size_numbers(name: str, arch: Architecture, setups: Sequence[Setup]) -> dict
     numbers: dict[str, Any] = {
         "model": name,
         "architecture": asdict(arch),
-        "setup": {key: value for key, value in asdict(setups[0]).items() if key != "method"},
+        "setups": {
+            s.method: asdict(s) | {"r": s.asked_r, "start_r": s.first_r, "dtype": s.weights_dtype} for s in setups
+        },
         "base_params": base,
     }
     if chosen is None:
@@ -118,10 +120,11 @@ def _counts_side_by_side(arch: Architecture, setups: Sequence[Setup]) -> list[st
 def _title(arch: Architecture, setup: Setup) -> str:
     if setup.is_low_rank:
         n_matrices = len(match_targets(arch, setup.targets))
-        return f"{SPELLED[setup.method]} of rank {setup.r} beside {n_matrices} matrices"
+        rank = f"{setup.first_r} → {setup.asked_r}" if setup.method == "adalora" else f"{setup.asked_r}"
+        return f"{SPELLED[setup.method]} of rank {rank} beside {n_matrices} matrices"
     return {
         "full": "Full fine-tuning",
-        "galore": f"GaLore: all parameters, moments of rank {setup.r}",
+        "galore": f"GaLore: all parameters, moments of rank {setup.first_r}",
         "ia3": f"IA³ in {arch.n_layers * len(ia3_vectors(arch))} matrices",
         "houlsby": f"Houlsby's adapters, two a layer, of bottleneck {setup.bottleneck:,}",
         "prefix": f"Prefix tuning with {setup.n_virtual:,} virtual tokens",
@@ -150,9 +153,9 @@ def _rows(arch: Architecture, setup: Setup) -> list[tuple[str, str, int, int]]:
     if setup.is_low_rank:
         rows = []
         for linear, copies in Counter(match_targets(arch, setup.targets).values()).items():
-            more = {"dora": linear.out_features, "adalora": setup.r}.get(setup.method, 0)
+            more = {"dora": linear.out_features, "adalora": setup.first_r}.get(setup.method, 0)
             shape = f"{linear.in_features:>7,} → {linear.out_features:<7,}"
-            rows.append((linear.name, shape, copies, copies * (linear.lora_params(setup.r) + more)))
+            rows.append((linear.name, shape, copies, copies * (linear.lora_params(setup.first_r) + more)))
         return rows
     if setup.method == "ia3":
         return [(name, f"{size:>7,}", layers, layers * size) for name, size in ia3_vectors(arch).items()]

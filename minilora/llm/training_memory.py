@@ -49,14 +49,14 @@ def training_bytes(arch: Architecture, setup: Setup) -> TrainingBytes:
         ValueError: if a target hits nothing, or the sequence is longer than the model's positions.
 
     >>> from minilora.llm.architectures import ARCHITECTURES
-    >>> training_bytes(ARCHITECTURES["llama-2-7b"], Setup(method="full", dtype="fp32")).optimizer / 6738415616
+    >>> training_bytes(ARCHITECTURES["llama-2-7b"], Setup(method="full")).optimizer / 6738415616
     8.0
     """
     check_positions(arch, setup)
     n_trained = count(trained_shapes(arch, setup))
     has_master = setup.method == "full" and setup.master_weights and setup.width_bytes < 4
     return TrainingBytes(
-        weights=weight_bytes(arch, setup.dtype, setup.is_in_4_bits),
+        weights=weight_bytes(arch, setup.weights_dtype, setup.is_in_4_bits),
         adapter=0 if setup.trains_all else 4 * n_trained + bytes_beside_adapter(arch, setup),
         gradients=n_trained * (setup.width_bytes if setup.trains_all else 4),
         optimizer=state_bytes(arch, setup),
@@ -72,7 +72,7 @@ def state_bytes(arch: Architecture, setup: Setup) -> int:
         return optimizer_bytes(trained_shapes(arch, setup), setup.optimizer)
     matrices = linears(arch)
     others = [shape for name, shape in parameter_shapes(arch).items() if name.removesuffix(".weight") not in matrices]
-    return galore_bytes(matrices.values(), others, setup.r)
+    return galore_bytes(matrices.values(), others, setup.first_r)
 
 
 def bytes_beside_adapter(arch: Architecture, setup: Setup) -> int:
@@ -80,9 +80,9 @@ def bytes_beside_adapter(arch: Architecture, setup: Setup) -> int:
     if setup.method == "dora":  # the squared length of each row
         return 4 * sum(linear.out_features for linear in match_targets(arch, setup.targets).values())
     if setup.method in ("pissa", "olora"):  # A0 and B0
-        return 4 * lora_params(arch, setup.r, setup.targets)
+        return 4 * lora_params(arch, setup.first_r, setup.targets)
     if setup.method == "adalora":  # the running means Ī and Ū of each number's importance; a byte a triplet: it stays
-        return 2 * 4 * count(trained_shapes(arch, setup)) + setup.r * len(match_targets(arch, setup.targets))
+        return 2 * 4 * count(trained_shapes(arch, setup)) + setup.first_r * len(match_targets(arch, setup.targets))
     return 0
 
 

@@ -37,6 +37,9 @@ class AdaLoRALinear(LoRALinear):
 
     A new layer changes nothing, bit for bit: E is zero; A and B are drawn from N(0, 0.02²).
 
+    Raises:
+        ValueError: if r is more than the smaller side of W; else as LoRALinear.
+
     >>> layer = AdaLoRALinear(nn.Linear(24, 16), r=4, alpha=8)
     >>> [tuple(p.shape) for p in layer.parameters() if p.requires_grad]
     [(4, 24), (16, 4), (4,)]
@@ -60,6 +63,10 @@ class AdaLoRALinear(LoRALinear):
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None) -> None:
         """Draw a new adapter, in place: A and B from N(0, 0.02²)."""
+        if self.r > (most := min(self.features(self.base))):
+            raise ValueError(
+                f"r is {self.r}: the weight has {most} singular values, choose as many or fewer at the start"
+            )
         self.A.normal_(std=INIT_STD, generator=generator)
         self.B.normal_(std=INIT_STD, generator=generator)
 

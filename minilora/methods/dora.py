@@ -48,6 +48,7 @@ class DoRALinear(LoRALinear):
     [(4, 24), (16, 4), (16,)]
     """
 
+    no_decay = ("m",)
     squares: Tensor  # ‖W_o‖² of every row, (out,)
 
     def __init__(

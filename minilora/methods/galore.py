@@ -28,6 +28,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
+from minilora.torch_lora.config import is_count
+
 
 class GaLoreAdamW(Optimizer):
     """AdamW for whole weights, in less memory: what it keeps of a matrix is of rank r.
@@ -231,11 +233,6 @@ def state_shapes(p: Tensor, r: int | None) -> dict[str, tuple[int, ...]]:
     rows, columns = p.shape
     P, R = ((k, columns), (rows, k)) if projects_columns(p.shape) else ((rows, k), (k, columns))
     return {"P": P, "M": R, "V": R}
-
-
-def is_count(value: object) -> bool:
-    """Whether it is a whole number of 1 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check_settings(group: dict[str, Any]) -> None:

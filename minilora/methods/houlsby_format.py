@@ -17,7 +17,7 @@ from minilora.methods.houlsby import NONLINEARITIES, HoulsbyLinear
 from minilora.torch_lora.adapter_layer import AdapterLayer
 from minilora.torch_lora.inject import InjectReport
 from minilora.torch_lora.layers import features_of
-from minilora.torch_lora.peft_layers import layers_of, load_layers, read_config_of, write_layers
+from minilora.torch_lora.peft_layers import Keep, as_it_is, layers_of, load_layers, read_config_of, write_layers
 
 KEYS = {name: f".{name}" for name in ("W_down", "b_down", "W_up", "b_up")}
 
@@ -44,8 +44,12 @@ def save_houlsby(
     write_layers(model, folder, tensors, config, base_name, base_sha256)
 
 
-def load_houlsby(model: nn.Module, folder: str | Path, *, base_sha256: str | None = None) -> InjectReport:
+def load_houlsby(
+    model: nn.Module, folder: str | Path, *, base_sha256: str | None = None, keep: Keep = as_it_is
+) -> InjectReport:
     """Read what save_houlsby wrote into a model, strictly; the layers are made where the model has no adapter.
+
+    `keep` gives a linear layer the form that it had under the adapter: qlora.linear.kept_as makes it.
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
@@ -71,7 +75,7 @@ def load_houlsby(model: nn.Module, folder: str | Path, *, base_sha256: str | Non
         return problems
 
     def wrap(name: str, base: nn.Module, tensors: dict[str, Tensor]) -> HoulsbyLinear:
-        return HoulsbyLinear(base, bottleneck=_bottleneck(tensors), nonlinearity=config["nonlinearity"])
+        return HoulsbyLinear(keep(base), bottleneck=_bottleneck(tensors), nonlinearity=config["nonlinearity"])
 
     return load_layers(model, folder, KEYS, config, wrap, misfits, base_sha256)
 

@@ -46,6 +46,7 @@ class IA3Linear(AdapterLayer):
     """
 
     wraps = "a linear layer or GPT-2's Conv1D"
+    no_decay = ("l",)
 
     def __init__(self, base: nn.Module, *, scales: str = "output"):
         super().__init__()

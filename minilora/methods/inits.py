@@ -52,6 +52,7 @@ class ShiftedLinear(LoRALinear):
         ValueError: if r is more than the smaller side of W, or W holds a NaN or an infinity; else as LoRALinear.
     """
 
+    no_decay = ("A", "B")
     A0: Tensor
     B0: Tensor
 
@@ -195,6 +196,20 @@ def LoftQLinear(
         raise TypeError(f"LoftQ is made from an nn.Linear; a {type(base).__name__} has lost what A and B would hold")
     W = dense_weight(base, torch.float32)
     refuse_without_directions(W, r)
+    Q, A, B, errors = alternated(W, r, scaling, steps, codebook, block_size, double)
+    quantized = LoftQBase(Q, base.bias, r, errors)
+    layer = lora_of(quantized, A, B, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+    layer.no_decay = ("A", "B")  # at zero the model would be that of Q, not of W
+    return layer
+
+
+def alternated(
+    W: Float[Tensor, "out in"], r: int, scaling: float, steps: int, codebook: Codebook, block_size: int, double: bool
+) -> tuple[Quantized, Float[Tensor, "r in"], Float[Tensor, "out r"], tuple[float, ...]]:
+    """Give Q, A and B of the last step, and the errors that LoftQBase tells of.            [LoftQ] algorithm 1
+
+    Each step quantizes what the update leaves of W, and makes the update of what that loses.
+    """
     update, errors, norm = torch.zeros_like(W), list[float](), W.norm().clamp_min(TINY)
     for _ in range(steps):
         Q = quantize(W - update, codebook, block_size, double=double)
@@ -203,8 +218,7 @@ def LoftQLinear(
         update = scaling * B @ A
         errors = errors or [(lost.norm() / norm).item()]
         errors.append(((lost - update).norm() / norm).item())
-    quantized = LoftQBase(Q, base.bias, r, tuple(errors))
-    return lora_of(quantized, A, B, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+    return Q, A, B, tuple(errors)
 
 
 def principal(

@@ -10,7 +10,7 @@ learnt efficiently only where η_B / η_A grows with the layer's width ([LoRAPlu
 smaller η_A than LoRA's rate. It is a matter of the optimizer alone: these groups are handed to one, and any layer that
 trains A and B can be trained so.
 
-Read before this file: torch_lora/layers.
+Read before this file: torch_lora/layers, torch_lora/decay.
 """
 
 import math
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from minilora.torch_lora.decay import spared_tensors
 from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.layers import LoRAEmbedding
 
@@ -29,8 +30,9 @@ def loraplus_groups(
 ) -> list[dict[str, Any]]:
     """Sort what trains into groups for an optimizer: A at `lr`, B at `lr` times `ratio`, embeddings' at their own rate.
 
-    Vectors, such as DoRA's magnitudes and biases, go with B, as in PEFT; those of the base, which are biases and norms,
-    without decay. Whole matrices that train go with A. Empty groups are left out.
+    Vectors, such as DoRA's magnitudes and biases, go with B, as in PEFT. Without decay are those of the base, which are
+    biases and norms, and what torch_lora/decay spares, as PEFT does not. Whole matrices that train go with A. Empty
+    groups are left out.
 
     Raises:
         ValueError: if nothing trains, the ratio is below 1, or a rate is not positive.
@@ -43,11 +45,12 @@ def loraplus_groups(
     layers = adapter_layers(model).values()
     of_adapters = {p: name for layer in layers for name, p in layer.adapter_tensors().items()}
     of_embeddings = {p for y in layers if isinstance(y, LoRAEmbedding) for p in y.adapter_tensors().values()}
+    spared = spared_tensors(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for p in (p for p in model.parameters() if p.requires_grad):
         like_b = of_adapters.get(p) == "B" or p.ndim == 1
         rate = embedding_lr if p in of_embeddings else lr * ratio if like_b else lr
-        decay = 0.0 if p.ndim == 1 and p not in of_adapters else weight_decay
+        decay = 0.0 if p in spared or (p.ndim == 1 and p not in of_adapters) else weight_decay
         groups.setdefault((rate, decay), []).append(p)
     if not groups:
         raise ValueError("nothing in this model trains: inject(model, targets, wrap) gives it an adapter")

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from minilora.methods.adalora import AdaLoRAConv1D, AdaLoRALinear, RankReport, adalora_layer, rank_report
 from minilora.torch_lora.adapter_layer import AdapterLayer
-from minilora.torch_lora.config import LoRAConfig
+from minilora.torch_lora.config import LoRAConfig, is_count
 from minilora.torch_lora.layers import features_of
 from minilora.torch_lora.peft_config import CONFIG_FILE, problems_in, read_json_object
 from minilora.torch_lora.peft_format import shortest_targets
-from minilora.torch_lora.peft_layers import Tensors, layers_of, load_layers, write_layers
+from minilora.torch_lora.peft_layers import Keep, Tensors, as_it_is, layers_of, load_layers, write_layers
 
 KEYS = {"A": ".lora_A", "B": ".lora_B", "E": ".lora_E"}
 SCHEDULE = {"beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"}
@@ -70,11 +70,15 @@ def save_adalora(
     write_layers(model, folder, tensors, config, base_name, base_sha256, has_biases=True)
 
 
-def load_adalora(model: nn.Module, folder: str | Path, *, base_sha256: str | None = None) -> RankReport:
+def load_adalora(
+    model: nn.Module, folder: str | Path, *, base_sha256: str | None = None, keep: Keep = as_it_is
+) -> RankReport:
     """Read an AdaLoRA adapter of PEFT's into a model, strictly: every tensor is used and every slot is filled.
 
     Where the model has no adapters they are made; where it has, they must be the file's. Triplets that were pruned are
     zero in P and Q too, and stay so. Everything is checked before the model is touched.
+
+    `keep` gives a linear layer the form that it had under the adapter: qlora.linear.kept_as makes it.
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
@@ -91,7 +95,7 @@ def load_adalora(model: nn.Module, folder: str | Path, *, base_sha256: str | Non
         return _misfits(name, module, tensors, its, sum(kept[name]) if name in kept else its.r)
 
     def wrap(name: str, base: nn.Module, tensors: Tensors) -> AdaLoRALinear:
-        return adalora_layer(base, r=its.r, alpha=its.alpha, dropout=its.dropout)
+        return adalora_layer(keep(base), r=its.r, alpha=its.alpha, dropout=its.dropout)
 
     def fill(name: str, layer: AdaLoRALinear, tensors: Tensors) -> None:
         _fill(layer, tensors, torch.tensor(kept.get(name, [True] * its.r)))
@@ -115,7 +119,7 @@ def read_adalora_config(path: Path) -> dict[str, Any]:
         problems.append(f"peft_type = {reprlib.repr(config.get('peft_type'))}: this reader knows 'ADALORA'")
     if config.get("use_dora"):
         problems.append("use_dora = True: AdaLoRA has no magnitudes, in PEFT neither")
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+    if not is_count(r):
         problems.append(f"init_r = {reprlib.repr(r)}: a whole number of 1 or more is needed")
     if not isinstance(pattern, dict) or not all(_is_choice_of(r, kept) for kept in pattern.values()):
         problems.append(
@@ -156,6 +160,10 @@ def _misfits(name: str, module: Any, tensors: Tensors, its: LoRAConfig, k: int) 
         for ours, tensor in tensors.items()
         if tuple(tensor.shape) != needed[ours]
     ]
+    if its.r > min(in_features, out_features):
+        problems.append(
+            f"{name}: init_r is {its.r:,}, the layer has {min(in_features, out_features):,} singular values"
+        )
     theirs = (its.r, its.alpha)
     there = (module.r, module.alpha) if isinstance(module, AdaLoRALinear) else type(module).__name__
     if isinstance(module, AdapterLayer) and there != theirs:

@@ -18,7 +18,15 @@ from minilora.torch_lora.adapter_layer import AdapterLayer
 from minilora.torch_lora.inject import InjectReport
 from minilora.torch_lora.layers import features_of
 from minilora.torch_lora.peft_format import shortest_targets
-from minilora.torch_lora.peft_layers import are_names, layers_of, load_layers, read_config_of, write_layers
+from minilora.torch_lora.peft_layers import (
+    Keep,
+    are_names,
+    as_it_is,
+    layers_of,
+    load_layers,
+    read_config_of,
+    write_layers,
+)
 
 KEYS = {"l": ".ia3_l"}
 KNOWN = {"feedforward_modules", "init_ia3_weights"}
@@ -47,8 +55,12 @@ def save_ia3(
     write_layers(model, folder, tensors, config, base_name, base_sha256)
 
 
-def load_ia3(model: nn.Module, folder: str | Path, *, base_sha256: str | None = None) -> InjectReport:
+def load_ia3(
+    model: nn.Module, folder: str | Path, *, base_sha256: str | None = None, keep: Keep = as_it_is
+) -> InjectReport:
     """Read PEFT's IA³ adapter into a model, strictly; its layers are made where the model has no adapter.
+
+    `keep` gives a linear layer the form that it had under the adapter: qlora.linear.kept_as makes it.
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
@@ -77,7 +89,7 @@ def load_ia3(model: nn.Module, folder: str | Path, *, base_sha256: str | None = 
         return problems
 
     def wrap(name: str, base: nn.Module, tensors: dict[str, Tensor]) -> IA3Linear:
-        return IA3Linear(base, scales=scales(name, base, tensors["l"]))
+        return IA3Linear(keep(base), scales=scales(name, base, tensors["l"]))
 
     return load_layers(model, folder, KEYS, config, wrap, misfits, base_sha256)
 

@@ -20,7 +20,7 @@ from torch import nn
 from minilora.llm.model import Transformer
 from minilora.methods.prompt import PrefixTuning, PromptTuning, VirtualTokens
 from minilora.torch_lora.adapter_layer import StoresNoFloats
-from minilora.torch_lora.inject import InjectReport, adapter_layers, count_parameters, inject
+from minilora.torch_lora.inject import ALL_LINEAR, InjectReport, adapter_layers, count_parameters, inject
 from minilora.torch_lora.peft_config import CONFIG_FILE, config_sha256, read_json_object
 from minilora.torch_lora.peft_files import (
     BASE_FORM,
@@ -32,6 +32,7 @@ from minilora.torch_lora.peft_files import (
     warn_of_another_form,
     write_adapter,
 )
+from minilora.torch_lora.peft_layers import Keep, as_it_is
 from minilora.torch_lora.replaced import all_finite
 
 KEY = "prompt_embeddings"
@@ -76,12 +77,16 @@ def save_prompt(
     write_adapter(folder, config, {KEY: P.float()}, {"base_sha256": base_sha256, BASE_FORM: _form_of(layer.base)})
 
 
-def load_prompt(model: nn.Module, folder: str | Path, *, base_sha256: str | None = None) -> InjectReport:
+def load_prompt(
+    model: nn.Module, folder: str | Path, *, base_sha256: str | None = None, keep: Keep = as_it_is
+) -> InjectReport:
     """Read prefix or prompt tuning, whichever PEFT's folder holds, into a model of minilora's own.
 
     A model that has virtual tokens already must have the file's kind and number of them, without an MLP. Everything is
     checked before the model is touched. A base other than the one named in the file (by its SHA-256, where both are
     known), or stored in another form, is warned of.
+
+    `keep` gives every linear layer the form that it had under them: qlora.linear.kept_as makes it.
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
@@ -101,17 +106,15 @@ def load_prompt(model: nn.Module, folder: str | Path, *, base_sha256: str | None
     if not isinstance(base, Transformer):
         raise TypeError(f"{type(model).__name__} is not minilora's own Decoder: load_model(name) gives one")
     problems = _config_problems(config, _sizes(base, kind)) + _tensor_problems(tensors, config, base, kind)
-    n_virtual = config.get("num_virtual_tokens")
-    if layer is not None and (type(layer) is not kind or layer.n_virtual != n_virtual or has_mlp(layer)):
-        has = layer.describe() + (" with an MLP" if has_mlp(layer) else "")
-        problems.append(f"the model has {has} already: remove(model) first, and let load_prompt make the layer")
+    problems += _layer_problems(layer, kind, config)
     if problems:
         raise ValueError(f"{folder} does not fit this model:\n  " + "\n  ".join(problems))
     warn_of_another_base(metadata.get("base_sha256"), base_sha256)
-    warn_of_another_form(metadata.get(BASE_FORM, ""), _form_of(base))
     if layer is None:
+        inject(base, ALL_LINEAR, keep)
         layer = kind(base, n_virtual=len(tensors[KEY]))
         inject(model, ["model"], lambda _: layer)
+    warn_of_another_form(metadata.get(BASE_FORM, ""), _form_of(base))
     with torch.no_grad():
         layer.P.copy_(tensors[KEY])
     return InjectReport({"model": ["model"]}, count_parameters(model))
@@ -176,6 +179,14 @@ def _tensor_problems(tensors: dict[str, Any], config: dict[str, Any], base: Tran
     elif not all_finite(P):
         problems.append(f"{KEY}: holds NaN or infinite values")
     return problems
+
+
+def _layer_problems(layer: VirtualTokens | None, kind: Kind, config: dict[str, Any]) -> list[str]:
+    n_virtual = config.get("num_virtual_tokens")
+    if layer is None or (type(layer) is kind and layer.n_virtual == n_virtual and not has_mlp(layer)):
+        return []
+    has = layer.describe() + (" with an MLP" if has_mlp(layer) else "")
+    return [f"the model has {has} already: remove(model) first, and let load_prompt make the layer"]
 
 
 def _form_of(base: nn.Module) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 from minilora.numpy_lora.nf4 import NESTED_BLOCK_SIZE
 from minilora.qlora.blockwise import BLOCK_SIZES, NestedAbsmax, Quantized, block_units, check_complete
 from minilora.qlora.codebooks import FP4, NF4, Codebook, dynamic_map
+from minilora.torch_lora.config import is_count
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 STATE = ".quant_state.bitsandbytes__"
@@ -150,10 +151,10 @@ def _wrong_numbers(name: str, numbers: Mapping[str, Any], kind: str, *, is_neste
     shape = numbers.get("shape", [1, 1])
     allowed = {
         "quant_type": (numbers.get("quant_type", kind) == kind, repr(kind)),
-        "blocksize": (_is_count(size := numbers.get("blocksize", 64)) and size in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
+        "blocksize": (_is_size(size := numbers.get("blocksize", 64)) and size in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
         "dtype": (numbers.get("dtype", "float32") in tuple(DTYPES), f"one of {tuple(DTYPES)}"),
-        "shape": (isinstance(shape, list) and len(shape) == 2 and all(map(_is_count, shape)), "[out, in]"),
-        "nested_blocksize": (_is_count(numbers.get("nested_blocksize", 256)), "a count of weights"),
+        "shape": (isinstance(shape, list) and len(shape) == 2 and all(map(_is_size, shape)), "[out, in]"),
+        "nested_blocksize": (_is_size(numbers.get("nested_blocksize", 256)), "a count of weights"),
         "nested_dtype": (numbers.get("nested_dtype", "float32") == "float32", "'float32'"),
         "nested_offset": (_is_float32(numbers.get("nested_offset", 0.0)), "a float32"),
     }
@@ -205,8 +206,8 @@ def _text(dtype: torch.dtype) -> str:
     return names[0]
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+def _is_size(value: object) -> bool:
+    return is_count(value) and value < 2**31
 
 
 def _is_float32(value: object) -> bool:

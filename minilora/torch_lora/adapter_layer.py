@@ -11,7 +11,7 @@ nothing.
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
@@ -74,6 +74,7 @@ class AdapterLayer(nn.Module):
 
     base: Any  # an nn.Module, whose attributes depend on its kind
     wraps: str  # the kind of base, in words
+    no_decay: Collection[str] = ()  # of adapter_tensors, those that no weight decay may pull to zero: torch_lora/decay
     _kept: Mapping[str, nn.Parameter] = MappingProxyType({})  # plain: it counts neither as a parameter nor as state
     stores_in_by_out = False  # nn.Linear's weight is (out, in); GPT-2's Conv1D and an embedding store (in, out)
 

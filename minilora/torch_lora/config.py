@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass
+from typing import TypeGuard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class LoRAConfig:
     use_rslora: bool = False  # scale by alpha / √r instead of alpha / r: [rsLoRA]
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+        if not is_count(self.r):
             raise ValueError(f"r is {self.r!r}: it counts the rows of A, so it must be a whole number of 1 or more")
         if not 0 < self.alpha <= sys.float_info.max:
             raise ValueError(f"alpha is {self.alpha!r}: it multiplies the update, so it must be positive and finite")
@@ -34,3 +35,8 @@ class LoRAConfig:
     def scaling(self) -> float:
         """Factor in front of B A."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def is_count(value: object, least: int = 1) -> TypeGuard[int]:
+    """Whether it is a whole number of `least` or more; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

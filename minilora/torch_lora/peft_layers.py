@@ -40,6 +40,7 @@ from minilora.torch_lora.replaced import replace_tensors, replaced_tensors, warn
 
 Tensors = dict[str, Tensor]  # of one layer, by our names
 Found = dict[str, Tensors]  # by layer
+Keep = Callable[[nn.Module], nn.Module]  # a linear layer → the same in the form that lay under an adapter
 
 
 def write_layers(
@@ -104,6 +105,11 @@ def read_config_of(
     if problems:
         raise ValueError(f"{folder / CONFIG_FILE} is not read:\n  " + "\n  ".join(problems))
     return config
+
+
+def as_it_is(base: nn.Module) -> nn.Module:
+    """Leave a base layer in the form that it has."""
+    return base
 
 
 def fill_whole(name: str, layer: AdapterLayer, tensors: Tensors) -> None:

@@ -29,7 +29,7 @@ from minilora.methods import dora_layer, load_adalora, load_houlsby, load_ia3, l
 from minilora.qlora.linear import DEFAULT_FORM, kept_as
 from minilora.torch_lora import load_adapter, lora_layer
 from minilora.torch_lora.inject import adapter_layers
-from minilora.torch_lora.peft_config import CONFIG_FILE, read_config, read_json_object
+from minilora.torch_lora.peft_config import CONFIG_FILE, read_json_object
 from minilora.torch_lora.peft_files import base_form
 from minilora.train.bnb_folder import load_4_bit
 from minilora.train.templates import MODEL, with_template, with_trained_template
@@ -41,7 +41,7 @@ LOADERS: Mapping[str, Callable[..., object]] = {
     "IA3": load_ia3,
     "PREFIX_TUNING": load_prompt,
     "PROMPT_TUNING": load_prompt,
-}  # by PEFT's name of the method; LORA is DoRA's too, and knows what its base was stored as
+}  # by PEFT's name of the method; LORA is DoRA's too
 
 
 def load_base(name_or_path: str | Path, dtype: torch.dtype) -> tuple[Decoder, Tokenizer]:
@@ -119,37 +119,34 @@ def stored_dtype(name_or_path: str | Path) -> torch.dtype:
 def put_adapter(model: Decoder, adapter: str | Path, method: str | None = None) -> None:
     """Put an adapter on a base, over what it was trained over, as layers of the method that its config names.
 
-    With the method "lora" that is the base as it is, with "qlora" its linear layers in 4 bits; None: as the file says.
+    With `method` "lora" that is the base as it is, with "qlora" the linear layers under it in 4 bits, whatever the
+    adapter's own method is; None: as the file says.
 
     Raises:
         ValueError: as load_adapter; or if the file names a form of the base that is not known here, or a method.
     """
-    kind = str(read_json_object(Path(adapter) / CONFIG_FILE).get("peft_type", "LORA"))
-    if kind in LOADERS:
-        LOADERS[kind](model, adapter, base_sha256=model.origin.sha256)
-    elif kind == "LORA":
-        _put_lora(model, adapter, method)
-    else:
+    config = read_json_object(Path(adapter) / CONFIG_FILE)
+    kind = str(config.get("peft_type", "LORA"))
+    if kind not in ("LORA", *LOADERS):
         raise ValueError(
             f"{Path(adapter) / CONFIG_FILE} has the peft_type {kind[:60]!r}: there are LORA, {', '.join(LOADERS)} here"
         )
-
-
-def _put_lora(model: Decoder, adapter: str | Path, method: str | None) -> None:
-    form, layer = form_under(adapter, method), dora_layer if use_dora(adapter) else lora_layer
+    form = form_under(adapter, method)
     keep = kept_as(form or None)
-
-    def wrap(base: nn.Module, *, r: int, alpha: float, dropout: float, use_rslora: bool) -> nn.Module:
-        return layer(keep(base), r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
-
-    load_adapter(model, adapter, wrap, base_sha256=model.origin.sha256)
+    if kind == "LORA":
+        layer = dora_layer if config.get("use_dora") else lora_layer
+        load_adapter(model, adapter, _over(keep, layer), base_sha256=model.origin.sha256)
+    else:
+        LOADERS[kind](model, adapter, base_sha256=model.origin.sha256, keep=keep)
     if form and method is None:
         print(f"{adapter} was trained over {form}: so it stands here (--method lora: over floats)", file=sys.stderr)
 
 
-def use_dora(adapter: str | Path) -> bool:
-    """Whether an adapter's layers are DoRA's, as its config says."""
-    return read_config(Path(adapter) / CONFIG_FILE).use_dora
+def _over(keep: Callable[[nn.Module], nn.Module], layer: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def wrap(base: nn.Module, *, r: int, alpha: float, dropout: float, use_rslora: bool) -> nn.Module:
+        return layer(keep(base), r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+
+    return wrap
 
 
 def form_under(adapter: str | Path, method: str | None) -> str | None:

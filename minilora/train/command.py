@@ -4,7 +4,7 @@
     out/checkpoint.safetensors      where it stands: train/checkpoint
     out/metrics.jsonl, loss.png     every step, and a picture of them
     out/adapter_…                   the adapter, in PEFT's layout, and out/best: where it measured best
-    out/model                       the whole model instead, of the methods that train all weights
+    out/model, out/best/model       the whole model instead, of the methods that train all weights
 
 Read before: train/plan, which checks it all; train/finetune, which does it.
 """
@@ -91,8 +91,24 @@ def train_here(
     model, tokenizer = load_base(args.base, DTYPES[dtype_of(args)])
     torch.manual_seed(args.seed + rank)  # of dropout
     put_method(model, args, plan.settings)
+    training = trained(model, tokenizer, plan, args, rank, world)
+    if rank == 0:
+        save(model, out, args, tokenizer)
+        print(METHODS[args.method].report(model), end="")
+    return told(training, args, world)
+
+
+def trained(
+    model: Decoder, tokenizer: Tokenizer, plan: Plan, args: argparse.Namespace, rank: int, world: int
+) -> Training:
+    """Train the model, in place, as planned; if it breaks off, what was learnt before is saved.
+
+    Raises:
+        FloatingPointError: if it breaks off.
+    """
+    out = Path(args.out)
     try:
-        training = fine_tune(
+        return fine_tune(
             model,
             plan.samples,
             plan.recipe,
@@ -102,15 +118,11 @@ def train_here(
             judged_by=judges(args, plan, tokenizer, lambda step: save(model, out / BEST, args, tokenizer)),
             together=in_processes(model, args, rank),
         )
-    except FloatingPointError:  # what was learnt before is whole
+    except FloatingPointError:
         if rank == 0:
             save(model, out, args, tokenizer)
             print(where(args))
         raise
-    if rank == 0:
-        save(model, out, args, tokenizer)
-        print(METHODS[args.method].report(model), end="")
-    return told(training, args, world)
 
 
 def refuse_used(out: Path) -> None:
@@ -151,7 +163,7 @@ def told(training: Training, args: argparse.Namespace, world: int) -> int:
     print(training)
     print(where(args))
     if (out / BEST).exists():
-        print(f"best     {out / BEST}   (where the loss on --eval-data was lowest)")
+        print(f"best     {written_to(out / BEST, args)}   (where the loss on --eval-data was lowest)")
     if training.stopped_by != CTRL_C:
         return 0
     if world == 1:
@@ -166,9 +178,15 @@ def told(training: Training, args: argparse.Namespace, world: int) -> int:
 
 def where(args: argparse.Namespace) -> str:
     """A line that says what was left where."""
+    folder = written_to(Path(args.out), args)
     if METHODS[args.method].save is None:
-        return f"model    {Path(args.out) / MODEL_FOLDER}   (Hugging Face's layout: --base opens it)"
-    return f"adapter  {args.out}   (PEFT's layout)"
+        return f"model    {folder}   (Hugging Face's layout: --base opens it)"
+    return f"adapter  {folder}   (PEFT's layout)"
+
+
+def written_to(out: Path, args: argparse.Namespace) -> Path:
+    """The folder that save writes below `out`: `out` itself for an adapter, one in it for a whole model."""
+    return out / MODEL_FOLDER if METHODS[args.method].save is None else out
 
 
 def in_processes(model: nn.Module, args: argparse.Namespace, rank: int) -> Together | None:
@@ -211,7 +229,7 @@ def save(model: Decoder, out: Path, args: argparse.Namespace, tokenizer: Tokeniz
     """Write an adapter, with the chat template that it was trained with if that is another than the base's; or all."""
     write = METHODS[args.method].save
     if write is None:
-        save_whole(model, out / MODEL_FOLDER, args, tokenizer)
+        save_whole(model, written_to(out, args), args, tokenizer)
         return
     template = template_of(args, tokenizer)
     if template is None:  # not the one of a training that was here before

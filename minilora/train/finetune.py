@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minilora.qlora import PagedAdamW
+from minilora.torch_lora.decay import decay_groups
 from minilora.train.checkpoint import Saving, Stateful
 from minilora.train.data import Batch, Sample, make_batches
 from minilora.train.judging import Judges, judge
@@ -57,7 +58,7 @@ class Recipe:
     state_bits: int = 32  # of AdamW's moments: 32 or 8
     n_parts: int = 1  # that a batch goes through the model in
     pack_tokens: int | None = None  # of a row; None: a sample a row, padded
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of what torch_lora/decay does not spare
     max_grad_norm: float = 1.0  # gradients are clipped to it
     shape: str = "linear"  # of the rate after the warm-up: trainer.SHAPES
     warmup: float = 0.1  # share of the steps in which the rate rises
@@ -104,11 +105,13 @@ class Learning:
 
 
 def by_adamw(model: nn.Module, recipe: Recipe, n_steps: int) -> Learning:
-    """Train what requires a gradient by AdamW, as the recipe says."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return Learning(
-        optimizer=PagedAdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, state_bits=recipe.state_bits)
-    )
+    """Train what requires a gradient by AdamW, as the recipe says.
+
+    Raises:
+        ValueError: if nothing trains, or a weight decay would act on nothing: torch_lora/decay.
+    """
+    groups = decay_groups(model, recipe.weight_decay)
+    return Learning(optimizer=PagedAdamW(groups, lr=recipe.lr, state_bits=recipe.state_bits))
 
 
 def fine_tune(
@@ -134,38 +137,39 @@ def fine_tune(
     """
     batches = recipe.batches(samples, pad)
     learns = learning(model, recipe, len(batches))
-    optimizer = learns.optimizer
-    done = saving.resumed(model, optimizer, learns.beside) if saving else 0
+    done = saving.resumed(model, learns.optimizer, learns.beside) if saving else 0
     if together:
         together.check_same(done)
     tells = together is None or together.rank == 0
     saving = saving if tells else None
+    log = MetricsLog(saving.path.with_name(METRICS), done) if saving else None
+    if log and judged_by and (reason := judged_by.rules.verdict(log.measured)):
+        return Training([], reason)
     with progress_bar(len(batches), done, shown=tells) as bar:
-        listeners: list[Callable[[Step], str | None]] = [bar, health_check(model, tqdm.write)] if tells else []
-        if saving:
-            log = MetricsLog(saving.path.with_name(METRICS), done)
-            judging = [judge(model, judged_by, log, tqdm.write)] if judged_by else []
-            listeners += [
-                log,
-                *judging,
-                saving.listener(model, optimizer, learns.beside),
-            ]  # in this order: what is saved is judged
-            if judged_by and (reason := judged_by.rules.verdict(log.measured)):
-                return Training([], reason)
         training = train(
             model,
             batches,
-            optimizer,
+            learns.optimizer,
             recipe.schedule(len(batches)),
             recipe.max_grad_norm,
-            listeners,
+            [bar, health_check(model, tqdm.write), *keepers(model, learns, saving, log, judged_by)] if tells else [],
             done=done,
             gradients=with_penalty(together.gradients if together else in_parts(recipe.n_parts), learns.penalty),
             anywhere=together.anywhere if together else bool,
         )
     if saving and training.steps:
-        saving.save(model, optimizer, training.steps[-1].number, learns.beside)
+        saving.save(model, learns.optimizer, training.steps[-1].number, learns.beside)
     return training
+
+
+def keepers(
+    model: nn.Module, learns: Learning, saving: Saving | None, log: MetricsLog | None, judged_by: Judges | None
+) -> list[Callable[[Step], str | None]]:
+    """The listeners that write something down, in this order: what is saved is judged."""
+    if saving is None or log is None:
+        return []
+    judging = [judge(model, judged_by, log, tqdm.write)] if judged_by else []
+    return [log, *judging, saving.listener(model, learns.optimizer, learns.beside)]
 
 
 def with_penalty(

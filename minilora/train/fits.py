@@ -18,15 +18,25 @@ GIB = 2**30
 
 
 def bytes_needed(arch: Architecture, setup: Setup) -> int:
-    """Bytes to have free for a run: those of a step, or of loading where these are more (a short QLoRA run).
+    """Bytes to have free for a run: those of a step, or of loading where these are more (a short QLoRA run), or saving.
 
     To the sum of training_bytes comes a tenth for what is an estimate in it. While a model turns into 4 bits, the
     weights that it was loaded with are still there.
     """
     loading = base_params(arch) * setup.width_bytes
     if setup.is_in_4_bits:
-        loading += weight_bytes(arch, setup.dtype, in_4_bits=True)
-    return max(int(MARGIN * training_bytes(arch, setup).total), loading)
+        loading += weight_bytes(arch, setup.weights_dtype, in_4_bits=True)
+    return max(int(MARGIN * training_bytes(arch, setup).total), loading, bytes_to_save(arch, setup))
+
+
+def bytes_to_save(arch: Architecture, setup: Setup) -> int:
+    """Bytes that are there while a checkpoint is written: no gradients any more, and a copy of AdamW's moments.
+
+    They lie in pieces in AdamW's pages, and whole in a file. To go on from a file takes less: its tensors are pages of
+    the file itself, which the system drops where memory is short.
+    """
+    used = training_bytes(arch, setup)
+    return used.weights + used.adapter + used.master + used.optimizer * (1 if setup.method == "galore" else 2)
 
 
 def check_fits(

@@ -61,8 +61,8 @@ class Method:
     save: Callable[..., None] | None = save_adapter
     report: Callable[[nn.Module], str] = lambda model: ""  # of what it found, in lines
     lr: float = 2e-4  # where none is given
-    r: int = 16
     in_processes: bool = False  # torchrun's; tested with these
+    decays: bool = True  # whether a weight decay has something to pull at: torch_lora/decay
 
 
 def put_new(model: Decoder, name: str, settings: Settings) -> None:
@@ -80,10 +80,10 @@ def put_new(model: Decoder, name: str, settings: Settings) -> None:
 
 
 def _lora(model: Decoder, s: Settings, wrap: Callable[..., nn.Module], form: str | None = None) -> None:
-    keep, start = kept_as(form), torch.Generator().manual_seed(s.seed)
+    keep = kept_as(form)
 
     def layer(base: nn.Module) -> nn.Module:
-        return wrap(keep(base), r=s.r, alpha=s.scale, dropout=s.dropout, use_rslora=s.use_rslora, generator=start)
+        return wrap(keep(base), r=s.r, alpha=s.alpha_or_2r, dropout=s.dropout, use_rslora=s.use_rslora)
 
     inject(model, s.targets, layer)
 
@@ -94,7 +94,7 @@ def _begun_by_weights(model: Decoder, s: Settings, wrap: Callable[..., nn.Module
     with tqdm(total=n_layers, desc="directions of the weights", unit="layer", leave=False, disable=None) as bar:
 
         def layer(base: nn.Module) -> nn.Module:
-            made = wrap(base, r=s.r, alpha=s.scale, dropout=s.dropout, use_rslora=s.use_rslora)
+            made = wrap(base, r=s.r, alpha=s.alpha_or_2r, dropout=s.dropout, use_rslora=s.use_rslora)
             bar.update()
             return made
 
@@ -102,8 +102,7 @@ def _begun_by_weights(model: Decoder, s: Settings, wrap: Callable[..., nn.Module
 
 
 def _adalora(model: Decoder, s: Settings) -> None:
-    alpha = 2.0 * s.first_r if s.alpha is None else s.alpha
-    inject(model, s.targets, lambda base: adalora_layer(base, r=s.first_r, alpha=alpha, dropout=s.dropout))
+    inject(model, s.targets, lambda base: adalora_layer(base, r=s.first_r, alpha=s.first_alpha, dropout=s.dropout))
 
 
 def _ia3(model: Decoder, s: Settings) -> None:
@@ -151,7 +150,10 @@ def _with_loraplus(s: Settings) -> Callable[[nn.Module, Recipe, int], Learning]:
 
 
 def _with_budget(s: Settings) -> Callable[[nn.Module, Recipe, int], Learning]:
-    """AdaLoRA's: ranks fall from a tenth of the steps to seven tenths, and the last three tenths tune what is left."""
+    """AdaLoRA's: ranks fall from a tenth of the steps to seven tenths, and the last three tenths tune what is left.
+
+    An adapter that is saved before then, as the best of a run may be, has the ranks of its step.
+    """
 
     def begin(model: nn.Module, recipe: Recipe, n_steps: int) -> Learning:
         optimizer = by_adamw(model, recipe, n_steps).optimizer
@@ -167,6 +169,8 @@ def _projected(s: Settings) -> Callable[[nn.Module, Recipe, int], Learning]:
     """GaLore's: the matrices of attention and MLP are projected; embeddings, head and norms are not."""
 
     def begin(model: nn.Module, recipe: Recipe, n_steps: int) -> Learning:
+        if recipe.state_bits != 32:
+            raise ValueError(f"galore is an AdamW of its own, with moments in 32 bits, not {recipe.state_bits}")
         linear = {m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
@@ -224,16 +228,19 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             does="LoRA that begins at the weights' largest directions",
             uses=BEGUN,
             put=partial(_begun_by_weights, wrap=pissa_layer),
+            decays=False,
         ),
         "olora": Method(
             does="LoRA that begins at orthonormal directions of the weights",
             uses=BEGUN,
             put=partial(_begun_by_weights, wrap=olora_layer),
+            decays=False,
         ),
         "loftq": Method(
             does="LoRA over 4 bits that begins with what rounding took",
             uses=BEGUN,
             put=partial(_begun_by_weights, wrap=LoftQLinear),
+            decays=False,
         ),
         "ia3": Method(
             lr=1e-2,
@@ -241,6 +248,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             uses=frozenset(),
             put=_ia3,
             save=save_ia3,
+            decays=False,
         ),
         "houlsby": Method(
             lr=1e-3,
@@ -265,7 +273,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         ),
         "galore": Method(
             lr=1e-3,
-            r=128,
             does="all weights, with moments of projected gradients",
             uses=frozenset({"r", "refresh", "galore_scale"}),
             put=_all_weights,

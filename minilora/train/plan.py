@@ -8,9 +8,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minilora.llm import method_options
 from minilora.llm.architectures import ALL_LINEAR, read_config
 from minilora.llm.load import model_folder
-from minilora.llm.setup import Setup
+from minilora.llm.setup import Setup, default_dtype, default_r
 from minilora.llm.tokenizer import Tokenizer, load_tokenizer
 from minilora.train.adapted import is_in_4_bits, longest_text
 from minilora.train.data import Sample
@@ -22,11 +23,9 @@ from minilora.train.methods import METHODS
 from minilora.train.settings import Settings
 
 STATE_BITS = {"adamw": 32, "adamw-8bit": 8}
-FLAGS = {
-    "r": "--r", "alpha": "--alpha", "dropout": "--dropout", "use_rslora": "--rslora", "targets": "--targets",
-    "loraplus_ratio": "--loraplus-ratio", "start_r": "--start-r", "bottleneck": "--bottleneck", "words": "--words",
-    "n_virtual": "--virtual-tokens", "mlp_features": "--prefix-mlp", "refresh": "--refresh",
-    "galore_scale": "--galore-scale",
+FLAGS = method_options.FLAGS | {
+    "alpha": "--alpha", "dropout": "--dropout", "use_rslora": "--rslora", "loraplus_ratio": "--loraplus-ratio",
+    "words": "--words", "refresh": "--refresh", "galore_scale": "--galore-scale",
 }  # fmt: skip
 EVAL_EVERY = 50  # steps, where --eval-every does not say
 MOST_DROPPED_TOLD = 20
@@ -103,7 +102,7 @@ def settings_of(args: argparse.Namespace, tokenizer: Tokenizer) -> Settings:
         "loraplus_ratio": args.loraplus_ratio,
         "start_r": args.start_r,
         "bottleneck": args.bottleneck,
-        "n_virtual": args.virtual_tokens if words is None else len(words),
+        "n_virtual": args.virtual_tokens,
         "words": words,
         "mlp_features": args.prefix_mlp,
         "refresh": args.refresh,
@@ -113,7 +112,12 @@ def settings_of(args: argparse.Namespace, tokenizer: Tokenizer) -> Settings:
     refuse_unused(args.method, asked)
     if method.save is None and args.dtype == "bf16":
         raise ValueError(f"{args.method} trains all weights, in bf16 it would lose small steps: leave --dtype out")
-    return Settings(**{"r": method.r} | asked, seed=args.seed)
+    if args.weight_decay and not method.decays:
+        raise ValueError(
+            f"--weight-decay pulls to zero, where the model of --method {args.method} is not the base's: leave it out"
+        )
+    asked |= {"n_virtual": len(words)} if words else {}
+    return Settings(**{"r": default_r(args.method)} | asked, seed=args.seed)
 
 
 def refuse_unused(name: str, given: Collection[str]) -> None:
@@ -162,8 +166,8 @@ def base_folder(args: argparse.Namespace) -> Path:
 
 
 def dtype_of(args: argparse.Namespace) -> str:
-    """The dtype of the weights: bf16 under an adapter, fp32 where they train themselves."""
-    return args.dtype or ("bf16" if METHODS[args.method].save else "fp32")
+    """The dtype of the weights."""
+    return args.dtype or default_dtype(args.method)
 
 
 def targets_of(args: argparse.Namespace) -> str | list[str]:
@@ -228,12 +232,13 @@ def check_memory(
     targets = targets_of(args)
     setup = Setup(
         method=args.method,
-        r=settings.first_r if args.method == "adalora" else settings.r,
+        r=args.r,
+        start_r=args.start_r,
         bottleneck=settings.bottleneck,
         n_virtual=settings.n_virtual,
         mlp_features=settings.mlp_features,
         targets=targets if isinstance(targets, str) else tuple(targets),
-        dtype=dtype_of(args),
+        dtype=args.dtype,
         optimizer=args.optimizer,
         batch=-(-rows // args.accumulate),
         seq=args.pack or len(longest.tokens),

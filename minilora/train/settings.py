@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minilora.llm.architectures import ALL_LINEAR
-from minilora.torch_lora.config import LoRAConfig
+from minilora.llm.setup import default_start_r
+from minilora.torch_lora.config import LoRAConfig, is_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +36,17 @@ class Settings:
     seed: int = 0  # of what is drawn
 
     def __post_init__(self) -> None:
-        LoRAConfig(r=self.r, alpha=self.scale, dropout=self.dropout, use_rslora=self.use_rslora)  # which raises
+        LoRAConfig(r=self.r, alpha=self.alpha_or_2r, dropout=self.dropout, use_rslora=self.use_rslora)  # which raises
         n_words, ratio = len(self.words), self.loraplus_ratio
         rules = {
             "start_r": (
-                self.start_r is None or _is_count(self.start_r, self.r),
+                self.start_r is None or is_count(self.start_r, self.r),
                 f"a whole number from r, {self.r}, on",
             ),
-            "bottleneck": (_is_count(self.bottleneck), "a whole number of 1 or more"),
-            "n_virtual": (_is_count(self.n_virtual), "a whole number of 1 or more"),
-            "mlp_features": (self.mlp_features is None or _is_count(self.mlp_features), "a whole number of 1 or more"),
-            "refresh": (_is_count(self.refresh), "a whole number of 1 or more"),
+            "bottleneck": (is_count(self.bottleneck), "a whole number of 1 or more"),
+            "n_virtual": (is_count(self.n_virtual), "a whole number of 1 or more"),
+            "mlp_features": (self.mlp_features is None or is_count(self.mlp_features), "a whole number of 1 or more"),
+            "refresh": (is_count(self.refresh), "a whole number of 1 or more"),
             "loraplus_ratio": (ratio is None or 1 <= ratio < math.inf, "1 or more"),
             "galore_scale": (0 < self.galore_scale < math.inf, "a number above 0"),
             "words": (n_words in (0, self.n_virtual), f"n_virtual tokens, {self.n_virtual}, or none"),
@@ -59,15 +60,16 @@ class Settings:
             raise ValueError("; ".join(problems))
 
     @property
-    def scale(self) -> float:
-        """Alpha: what was given, or 2 r."""
+    def alpha_or_2r(self) -> float:
+        """Alpha beside r: what was given, or 2 r."""
         return 2.0 * self.r if self.alpha is None else self.alpha
 
     @property
     def first_r(self) -> int:
         """AdaLoRA's rank at the start."""
-        return -(-3 * self.r // 2) if self.start_r is None else self.start_r
+        return default_start_r(self.r) if self.start_r is None else self.start_r
 
-
-def _is_count(value: object, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    @property
+    def first_alpha(self) -> float:
+        """Alpha beside AdaLoRA's rank at the start, so that its scaling is the alpha / r that was asked for."""
+        return self.alpha_or_2r * self.first_r / self.r

@@ -23,6 +23,7 @@ COUNTING = (
     "architectures",
     "sizes",
     "setup",
+    "method_options",
     "activations",
     "training_memory",
     "memory_report",

@@ -29,7 +29,7 @@ def test_llama_2_7b_with_adapters_on_all_linear_layers(capsys):
     assert re.search(r"in all +6,778,392,576\n", text)
     assert re.search(r"fp32 +159,907,840 bytes \(159\.9 MB\)", text)
     assert re.search(r"bf16 +79,953,920 bytes \(80\.0 MB\)", text)
-    assert re.search(r"weights +13\.477 +13\.477 +3\.866\n", text)
+    assert re.search(r"weights +26\.954 +13\.477 +3\.866\n", text)
 
 
 def test_without_a_method_all_three_stand_side_by_side(capsys):
@@ -81,6 +81,25 @@ def test_several_methods_are_counted_side_by_side(capsys):
     assert re.search(r"\n +lora +ia3 +prefix\n", text)
 
 
+def test_each_method_has_its_own_defaults(capsys):
+    numbers = json.loads(printed(capsys, "llama-2-7b --method adalora,galore,full --json"))
+    told = {m: (s["r"], s["start_r"], s["dtype"]) for m, s in numbers["setups"].items()}
+    assert told["adalora"] == (16, 24, "bf16")  # it begins with half as much again
+    assert (told["galore"][0], told["galore"][2], told["full"][2]) == (128, "fp32", "fp32")
+    assert numbers["trainable"]["adalora"] == 24 * 39_976_960 // 16 + 24 * 224  # and a value for each triplet
+    text = printed(capsys, "llama-2-7b --method adalora,galore,full")
+    assert "AdaLoRA of rank 24 → 16 beside 224 matrices" in text and "moments of rank 128" in text
+    assert re.search(r"dtype of the weights +bf16 +fp32 +fp32\n", text)
+    asked = json.loads(printed(capsys, "llama-2-7b --method adalora,galore,full -r 4 --start-r 5 --dtype fp16 --json"))
+    assert {(s["r"], s["dtype"]) for s in asked["setups"].values()} == {(4, "fp16")}
+    assert asked["trainable"]["adalora"] == 5 * 39_976_960 // 16 + 5 * 224
+
+
+def test_a_copy_of_the_weights_has_a_row_where_there_is_one(capsys):
+    assert "fp32 copy of the weights" not in printed(capsys, "gpt2")
+    assert re.search(r"fp32 copy of the weights +0\.498 +–", printed(capsys, "gpt2 --dtype bf16"))
+
+
 def test_several_methods_in_json_have_a_count_each(capsys):
     numbers = json.loads(printed(capsys, "llama-2-7b --method dora,ia3 --json"))
     assert numbers["trainable"] == {
@@ -120,6 +139,10 @@ def test_a_prefix_made_by_a_network_is_written_without_it(capsys):
         ),
         ("--method prompt --targets c_attn", "--targets does nothing for prompt: it is an option of lora"),
         ("--method lora --no-master-weights", "--no-master-weights does nothing for lora: it is an option of full"),
+        ("--method full --no-master-weights", "--no-master-weights does nothing in fp32, .*: give --dtype bf16"),
+        ("--method lora,dora --start-r 24", "--start-r does nothing for lora, dora: it is an option of adalora"),
+        ("--method adalora,galore --start-r 8", "start_r is 8: choose a whole number from r, 16, on"),
+        ("--method lora --bottleneck 64", "--bottleneck does nothing for lora"),
         ("--method lora,lisa", "no method is named 'lisa'; there are full, lora, dora"),
     ],
 )

@@ -43,7 +43,7 @@ def test_full_fine_tuning_takes_16_bytes_a_parameter(billions, gb, dtype):
 
 def test_a_70b_in_16_bits_part_by_part():
     """140 GB of weights and 560 of moments are 700, with gradients 840, with an fp32 copy 1,120."""
-    used = training_bytes(LLAMA_2_70B, Setup(method="full"))
+    used = training_bytes(LLAMA_2_70B, Setup(method="full", dtype="bf16"))
     gb = 70 / base_params(LLAMA_2_70B)  # for a nominal 70 billion
     parts = [part * gb for part in (used.weights, used.optimizer, used.gradients, used.master)]
     assert parts == pytest.approx([140, 560, 140, 280], rel=1e-12)
@@ -51,12 +51,12 @@ def test_a_70b_in_16_bits_part_by_part():
 
 def test_full_fine_tuning_in_fp32_or_on_request_has_no_second_copy():
     assert training_bytes(GPT2, Setup(method="full", dtype="fp32")).master == 0
-    assert training_bytes(GPT2, Setup(method="full", master_weights=False)).master == 0
+    assert training_bytes(GPT2, Setup(method="full", dtype="bf16", master_weights=False)).master == 0
 
 
 def test_a_65b_takes_more_than_780_gb_in_full_and_less_than_48_gb_in_4_bits():
     """[QLoRA], abstract and section 1: 16-bit weights and gradients, fp32 moments; one 48 GB card."""
-    full = training_bytes(LLAMA_65B, Setup(method="full", master_weights=False))
+    full = training_bytes(LLAMA_65B, Setup(method="full", dtype="bf16", master_weights=False))
     assert full.weights + full.gradients + full.optimizer > 780e9
     assert training_bytes(LLAMA_65B, Setup(method="qlora", r=64, checkpointing=True, seq=512)).total < 48 * 2**30
 
@@ -124,7 +124,7 @@ def test_logits_are_tokens_times_vocabulary_up_to_a_chunk():
 
 def test_only_a_trained_head_has_a_gradient():
     assert list(logit_terms(SMOLLM2, Setup(method="lora"))) == ["logits in bf16"]
-    full = logit_terms(SMOLLM2, Setup(method="full"))
+    full = logit_terms(SMOLLM2, Setup(method="full", dtype="bf16"))
     assert full["gradient of the head in fp32, and scaled"] == 2 * 49152 * 576 * 4
 
 
@@ -154,7 +154,7 @@ def test_loftq_has_the_bill_of_qlora():
 
 def test_galore_keeps_of_a_7b_what_can_be_counted_by_hand():
     """32 layers of 4 matrices 4096², 3 of 4096 · 11008; embeddings, head and 65 norms keep 8 bytes a number."""
-    used = training_bytes(LLAMA_2_7B, Setup(method="galore", r=1024))
+    used = training_bytes(LLAMA_2_7B, Setup(method="galore", r=1024, dtype="bf16"))
     projected = 4 * 1024 * 32 * (4 * 3 * 4096 + 3 * (4096 + 2 * 11008))
     assert used.optimizer == projected + 8 * (2 * 32000 * 4096 + 65 * 4096)
     assert (used.gradients, used.master, used.adapter) == (2 * 6_738_415_616, 0, 0)

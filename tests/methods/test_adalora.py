@@ -30,6 +30,7 @@ from minilora.torch_lora import (
     count_parameters,
     inject,
     load_adapter,
+    peft_files,
     remove,
     save_adapter,
     train_biases,
@@ -598,16 +599,33 @@ def test_what_pefts_config_has_no_words_for_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pattern_longer_than_any_config_that_is_read_is_not_written(tmp_path):
-    model = nn.Sequential(nn.Linear(3, 2))
-    inject(model, ["0"], lambda base: adalora_layer(base, r=90_000, alpha=1))  # 13 bytes of JSON each
-    model[0].prune(torch.arange(90_000) < 5)
-    with pytest.raises(ValueError, match=r"would have 1,\d+,\d+ bytes, most of them in its rank_pattern; .*to_lora"):
+def test_a_pattern_longer_than_any_config_that_is_read_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(peft_files, "CONFIG_LIMIT_BYTES", 10_000)  # else it takes 80,000 triplets
+    model = nn.Sequential(nn.Linear(900, 900))
+    inject(model, ["0"], lambda base: adalora_layer(base, r=900, alpha=1))  # 13 bytes of JSON each
+    model[0].prune(torch.arange(900) < 5)
+    with pytest.raises(ValueError, match=r"would have 1\d,\d+ bytes, most of them in its rank_pattern; .*to_lora"):
         save_adalora(model, tmp_path)
     assert not list(tmp_path.iterdir())
     to_lora(model)
     save_adapter(model, tmp_path)
-    load_adapter(nn.Sequential(nn.Linear(3, 2)), tmp_path)
+    load_adapter(nn.Sequential(nn.Linear(900, 900)), tmp_path)
+
+
+def test_more_triplets_than_singular_values_are_refused_before_they_are_allocated(tmp_path):
+    base = nn.Linear(12, 8)
+    assert adalora_layer(base, r=8, alpha=8).r == 8
+    base.requires_grad_(True)
+    with pytest.raises(ValueError, match="r is 9: the weight has 8 singular values, choose as many or fewer"):
+        adalora_layer(base, r=9, alpha=8)
+    assert base.weight.requires_grad  # it is as it was
+
+    model = nn.Sequential(nn.Linear(12, 8))
+    inject(model, ["0"], lambda base: adalora_layer(base, r=4, alpha=6))
+    save_adalora(model, tmp_path)
+    edit_config(tmp_path, init_r=140_000, rank_pattern={"0.lora_E": [True] * 4 + [False] * 139_996})
+    with pytest.raises(ValueError, match=r"does not fit the model:\n  0: init_r is 140,000, the layer has 8 singular"):
+        load_adalora(nn.Sequential(nn.Linear(12, 8)), tmp_path)
 
 
 def test_whole_modules_travel_with_the_adapter(tmp_path):

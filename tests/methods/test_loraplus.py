@@ -47,8 +47,18 @@ def test_each_parameter_has_its_rate():
     }
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_five_steps_are_those_of_pefts_optimizer(use_dora):
+def test_dora_magnitudes_learn_as_b_and_do_not_decay():
+    model = Model()
+    inject(model, ["up"], lambda base: dora_layer(base, r=2, alpha=4))
+    assert by_name(model, loraplus_groups(model, lr=0.1, ratio=4, weight_decay=0.5)) == {
+        "up.A": (0.1, 0.5),
+        "up.B": (0.4, 0.5),
+        "up.m": (0.4, 0.0),
+    }
+
+
+@pytest.mark.parametrize(("use_dora", "decay"), [(False, 0.1), (True, 0.0)])  # PEFT's magnitudes decay
+def test_five_steps_are_those_of_pefts_optimizer(use_dora, decay):
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["up", "down"], use_dora=use_dora)
     theirs, ours = get_peft_model(Model(), config), Model()
     inject(ours, ["up", "down"], lambda base: (dora_layer if use_dora else lora_layer)(base, r=2, alpha=4))
@@ -56,9 +66,11 @@ def test_five_steps_are_those_of_pefts_optimizer(use_dora):
     for name in ("up", "down"):
         layer = getattr(ours, name)
         layer.A.data.copy_(named[f"base_model.model.{name}.lora_A.default.weight"])
-    settings = {"lr": 0.01, "weight_decay": 0.1}
+    settings = {"lr": 0.01, "weight_decay": decay}
     optimizers = [
-        create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1),
+        create_loraplus_optimizer(
+            theirs, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=8.0, loraplus_weight_decay=decay
+        ),
         torch.optim.AdamW(loraplus_groups(ours, ratio=8, **settings)),
     ]
     tokens = torch.arange(10).reshape(2, 5)

@@ -17,6 +17,8 @@ from minilora.torch_lora.inject import adapter_layers
 from minilora.torch_lora.peft_files import base_form
 from minilora.train.adapted import load_adapted, load_base
 from minilora.train.bnb_folder import save_4_bit
+from minilora.train.methods import METHODS, put_new
+from minilora.train.settings import Settings
 
 TOKENS = torch.arange(40).reshape(2, 20)
 
@@ -96,6 +98,41 @@ def test_other_forms_come_back_and_unknown_ones_are_refused(base, tmp_path):
     save_adapter(model, tmp_path / "mixed")
     with pytest.raises(ValueError, match="no base can be kept as 'floats; fp4, block_size=32': known is what looks"):
         load_adapted(base, tmp_path / "mixed", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("adalora", "all-linear"),
+        ("ia3", ["k_proj", "v_proj", "down_proj"]),
+        ("houlsby", ["o_proj", "down_proj"]),
+        ("prefix", "all-linear"),
+        ("prompt", "all-linear"),
+    ],
+)
+def test_every_method_is_opened_over_what_it_was_trained_over(name, targets, base, tmp_path, capsys):
+    def saved(folder, *, in_4_bits):
+        model, _ = load_model(base)
+        if in_4_bits:
+            inject(model, targets, NF4Linear)
+        put_new(model, name, Settings(r=2, bottleneck=3, n_virtual=3))
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
+        METHODS[name].save(model, tmp_path / folder, base_name="base", base_sha256=model.origin.sha256)
+        return logits(model)
+
+    def opened(folder, method=None):
+        return logits(load_adapted(base, tmp_path / folder, torch.float32, method)[0])
+
+    over_4_bits, over_floats = saved("bits", in_4_bits=True), saved("floats", in_4_bits=False)
+    assert (over_4_bits - over_floats).abs().max() > 1e-3
+    assert torch.equal(opened("bits"), over_4_bits)
+    assert f"was trained over {DEFAULT_FORM}: so it stands here" in capsys.readouterr().err
+    assert torch.equal(opened("floats"), opened("floats", "lora")) and torch.equal(opened("floats"), over_floats)
+    assert torch.equal(opened("floats", "qlora"), over_4_bits)  # of the same numbers, as it is told
+    with pytest.warns(UserWarning, match="it answers worse there than it was trained to"):
+        assert torch.equal(opened("bits", "lora"), over_floats)
 
 
 def test_a_folder_in_bitsandbytes_4_bits_is_trained_over_and_opened(base, tmp_path, capsys):

@@ -49,7 +49,7 @@ def test_a_layer_more_keeps_the_bytes_that_are_counted_for_it(method, dtype):
     settings = Settings(r=4, start_r=4, bottleneck=8, n_virtual=3)
     two, three = (bytes_kept(tiny(n_layers, method, settings, dtype)) for n_layers in (2, 3))
 
-    setup = Setup(method=method, r=4, bottleneck=8, n_virtual=3, dtype=dtype, batch=ROWS, seq=SEQ)
+    setup = Setup(method=method, r=4, start_r=4, bottleneck=8, n_virtual=3, dtype=dtype, batch=ROWS, seq=SEQ)
     assert three - two == sum(saved_in_layer(ARCH, setup, trained_by_layer(ARCH, setup)[0]).values())
 
 
@@ -60,7 +60,8 @@ def test_the_count_is_that_of_the_layers(method):
     model = tiny(3, method, settings, "fp32")
 
     assert (
-        trained_params(ARCH, Setup(method=method, r=4, bottleneck=8, n_virtual=3)) == count_parameters(model).trainable
+        trained_params(ARCH, Setup(method=method, r=4, start_r=4, bottleneck=8, n_virtual=3))
+        == count_parameters(model).trainable
     )
 
 
@@ -73,9 +74,7 @@ def test_the_bytes_of_an_adapter_are_what_a_model_has_more(method):
     beside = [] if allocator is None else [*allocator.sensitivity.values(), *allocator.uncertainty.values()]
     more = bytes_of([*model.parameters(), *model.buffers(), *beside]) - bytes_of([*plain.parameters()])
 
-    setup = Setup(
-        method=method, r=6 if method == "adalora" else 4, bottleneck=8, n_virtual=3, mlp_features=settings.mlp_features
-    )
+    setup = Setup(method=method, r=4, start_r=6, bottleneck=8, n_virtual=3, mlp_features=settings.mlp_features)
     assert training_bytes(ARCH, setup).adapter == more
 
 

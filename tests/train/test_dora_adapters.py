@@ -8,11 +8,11 @@ from tiny_run import write_base, write_data
 
 from minilora import cli
 from minilora.llm import load_model
-from minilora.methods import dora_layer
+from minilora.methods import DoRALinear, dora_layer
 from minilora.qlora import NF4Linear
-from minilora.torch_lora import inject, lora_layer, save_adapter
+from minilora.torch_lora import LoRALinear, inject, lora_layer, save_adapter
 from minilora.torch_lora.inject import adapter_layers
-from minilora.train.adapted import use_dora
+from minilora.train.adapted import put_adapter
 
 TOKENS = torch.arange(20)[None]
 
@@ -41,13 +41,15 @@ def adapter_over(base, folder, stored):
 
 
 def test_the_file_says_which(adapter, base, tmp_path):
-    assert use_dora(adapter[0])
     model, _ = load_model(base)
     inject(model, "q_proj", lambda linear: lora_layer(linear, r=2, alpha=4))
     save_adapter(model, tmp_path / "lora")
-    assert not use_dora(tmp_path / "lora")
+    for folder, kind in ((adapter[0], DoRALinear), (tmp_path / "lora", LoRALinear)):
+        model, _ = load_model(base)
+        put_adapter(model, folder)
+        assert {type(layer) for layer in adapter_layers(model).values()} == {kind}
     with pytest.raises(FileNotFoundError, match=r"there is no .*adapter_config\.json"):
-        use_dora(tmp_path)
+        put_adapter(model, tmp_path)
 
 
 @torch.no_grad()

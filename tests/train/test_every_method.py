@@ -10,9 +10,12 @@ from safetensors.torch import load_file
 from tiny_run import write_base, write_data
 
 from minilora import cli
+from minilora.llm import size_command
+from minilora.llm.setup import USED_BY
+from minilora.llm.tokenizer import load_tokenizer
 from minilora.methods import AdaLoRALinear, HoulsbyLinear, PrefixTuning, PromptTuning, RankSchedule, orthogonality
 from minilora.torch_lora.inject import adapter_layers
-from minilora.train import finetune
+from minilora.train import command, finetune, fits, plan
 from minilora.train.adapted import load_adapted
 from minilora.train.finetune import Recipe
 from minilora.train.methods import GAMMA, METHODS, put_new
@@ -65,6 +68,17 @@ def test_it_trains_and_its_folder_opens(name, base, data, tmp_path, capsys):
         assert all(not torch.equal(w, load_file(base / "model.safetensors")[key]) for key, w in weights.items())
     assert run("eval", "--data", data, *opens) == 0
     assert run("chat", "3?", "--max-new-tokens", "4", *opens) == 0
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_what_is_said_of_the_last_and_of_the_best_opens(name, base, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(*words_for(name, base, data, out), "--eval-data", data, "--eval-every", "3") == 0
+    places = dict(re.findall(r"^(adapter|model|best) +(\S+)   \(", capsys.readouterr().out, re.MULTILINE))
+    assert list(places) == ["adapter" if METHODS[name].save else "model", "best"]
+    for place in places.values():
+        opens = ["--base", base, "--adapter", place] if METHODS[name].save else ["--base", place]
+        assert run("chat", "3?", "--max-new-tokens", "1", *opens) == 0
 
 
 @pytest.mark.parametrize("name", ["adalora", "olora", "ia3", "houlsby", "prefix", "prompt"])
@@ -132,6 +146,7 @@ def test_options_arrive(base, data, tmp_path, capsys):
         ("--method ia3 --r 8", "--method ia3 does nothing with --r: --r is for lora, "),
         ("--method lora --virtual-tokens 8", "--virtual-tokens is for prefix, prompt"),
         ("--method lora --words=", "--words are 0 tokens"),
+        ("--method lora --words Hi", "--method lora does nothing with --words: --words is for prefix, prompt$"),
         ("--method prompt --words Hi --virtual-tokens 9", "--words are 1 tokens, .* leave --virtual-tokens out"),
         ("--method prefix --words Hi --prefix-mlp 8", "words and mlp_features exclude each other"),
         ("--method prefix --virtual-tokens 512", "512 virtual tokens leave no room for text"),
@@ -152,7 +167,7 @@ def test_what_would_do_nothing_is_refused(words, message, base, data, tmp_path, 
 
 
 def learning_of(name, model, **settings):
-    asked = Settings(**settings)
+    asked = Settings(**{"r": 2} | settings)
     put_new(model, name, asked)
     return METHODS[name].learning(asked)(model, Recipe(lr=0.01, batch_size=2, weight_decay=0.5), 20)
 
@@ -175,7 +190,7 @@ def test_what_takes_the_steps_is_what_was_asked_for(base):
     adapted = model()
     adalora = learning_of("adalora", adapted, r=2, start_r=6, alpha=3.0)
     layer = next(iter(adapter_layers(adapted).values()))
-    assert (layer.r, layer.scaling) == (6, 0.5)
+    assert (layer.r, layer.scaling) == (6, 1.5)  # alpha / r, of the r that was asked for
     assert adalora.beside.schedule == RankSchedule(target_r=2, n_steps=20, t_init=2, t_final=6)
     torch.testing.assert_close(adalora.penalty(), GAMMA * orthogonality(adapted))
     for p in adapted.parameters():
@@ -183,9 +198,87 @@ def test_what_takes_the_steps_is_what_was_asked_for(base):
     adalora.optimizer.step()
     assert adalora.beside.done == 1
 
-    prefixed = model()
-    learning_of("prefix", prefixed, n_virtual=3, mlp_features=5)
-    assert next(iter(adapter_layers(prefixed).values())).mlp[0].out_features == 5
+    with pytest.raises(ValueError, match="galore is an AdamW of its own, with moments in 32 bits, not 8"):
+        METHODS["galore"].learning(Settings(r=4))(model(), Recipe(lr=0.01, batch_size=2, state_bits=8), 20)
+
+    plus = model()
+    put_new(plus, "lora", Settings(r=2))
+    recipe = Recipe(lr=0.01, batch_size=2, weight_decay=0.5, state_bits=8)
+    optimizer = METHODS["lora"].learning(Settings(r=2, loraplus_ratio=4))(plus, recipe, 20).optimizer
+    assert optimizer.state_bits == 8
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.01, 0.5), (0.04, 0.5)]
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "alpha" in method.uses])
+def test_every_setting_of_a_low_rank_layer_reaches_it(name, base):
+    adapted = load_adapted(base, None, torch.float32)[0]
+    use_rslora = "use_rslora" in METHODS[name].uses
+    put_new(
+        adapted, name, Settings(r=2, alpha=6.0, dropout=0.25, use_rslora=use_rslora, targets=["q_proj", "down_proj"])
+    )
+    layers = adapter_layers(adapted)
+    assert len(layers) == 4  # of two decoder layers
+    for layer in layers.values():
+        assert (layer.dropout, layer.use_rslora) == (0.25, use_rslora)
+        assert layer.scaling == pytest.approx(6 / 2**0.5 if use_rslora else 3)
+
+
+@pytest.mark.parametrize("r", [2, 3, 5])
+def test_alpha_is_divided_by_the_r_that_was_asked_for(r, base):
+    """Of AdaLoRA's layers, which begin with more, too; 2 r where it is not given."""
+    for name in ("lora", "adalora"):
+        for alpha, scaling in ((None, 2.0), (7.0, 7.0 / r)):
+            adapted = load_adapted(base, None, torch.float32)[0]
+            put_new(adapted, name, Settings(r=r, alpha=alpha))
+            assert {round(layer.scaling, 12) for layer in adapter_layers(adapted).values()} == {round(scaling, 12)}
+
+
+def test_virtual_tokens_begin_as_was_asked_for(base):
+    def layer(name, **settings):
+        model = load_adapted(base, None, torch.float32)[0]
+        put_new(model, name, Settings(n_virtual=3, **settings))
+        return next(iter(adapter_layers(model).values()))
+
+    plain, words = load_adapted(base, None, torch.float32)[0], [7, 11, 13]
+    assert torch.equal(layer("prompt", words=words).P, plain.model.embed_tokens.weight[words])
+    assert torch.equal(layer("prefix", words=words).P, PrefixTuning(plain.model, n_virtual=3, words=words).P)
+    assert layer("prefix", mlp_features=5).mlp[0].out_features == 5
+
+
+@pytest.mark.parametrize("options", [[], ["-r", "6", "--dtype", "fp32"]], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_size_takes_for_granted_what_train_does(name, options, base):
+    trains, sizes = cli.Parser(), cli.Parser()
+    cli._train_arguments(trains)
+    cli._size_arguments(sizes)
+    words = [*(options if "r" in METHODS[name].uses else options[2:]), "--method", name]
+    args = trains.parse_args(["--data", "data", "--out", "out", *words])
+    (setup,) = size_command.setups_of(sizes.parse_args(["gpt2", *words]), [name])
+    settings = plan.settings_of(args, load_tokenizer(base))
+    assert setup.weights_dtype == plan.dtype_of(args)
+    if "r" in METHODS[name].uses:
+        assert setup.asked_r == settings.r
+        assert setup.first_r == (settings.first_r if name == "adalora" else settings.r)
+    assert (setup.bottleneck, setup.n_virtual, setup.mlp_features) == (
+        settings.bottleneck,
+        settings.n_virtual,
+        settings.mlp_features,
+    )
+    assert setup.targets == settings.targets
+    for setting, users in USED_BY.items():
+        assert setting == "master_weights" or (name in users) == (setting in METHODS[name].uses)
+
+
+@pytest.mark.parametrize("name", ["full", "galore"])
+def test_4_bits_are_proposed_as_they_would_be_trained(name, base, data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(plan, "check_fits", lambda arch, setup, *rest: asked.append(setup))
+    monkeypatch.setattr(command, "load_base", None)  # it ends there
+    with pytest.raises(TypeError):
+        run(*words_for(name, base, data, tmp_path / "out")[: -4 if name == "galore" else None])
+    ways = {" ".join(options): setup for options, setup in fits.smaller(asked[0])}
+    assert (ways["--method qlora"].weights_dtype, ways["--method qlora"].first_r) == ("bf16", 16)
+    assert (asked[0].weights_dtype, asked[0].first_r) == ("fp32", 128 if name == "galore" else 16)
 
 
 def test_help_tells_of_every_method_with_its_own_words_and_rate():
@@ -194,6 +287,20 @@ def test_help_tells_of_every_method_with_its_own_words_and_rate():
     for name, method in METHODS.items():
         assert method.does in told[name]
         assert float(told[name].split()[-1]) == method.lr
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_weight_decay_pulls_at_something_or_is_refused(name, base, data, tmp_path, capsys):
+    words = [*words_for(name, base, data, tmp_path / "out"), "--weight-decay", "0.1"]
+    if METHODS[name].decays:
+        groups = learning_of(name, load_adapted(base, None, torch.float32)[0]).optimizer.param_groups
+        assert any(group["weight_decay"] == 0.5 for group in groups)
+        return
+    assert run(*words) == 2
+    told = f"--weight-decay pulls to zero, where the model of --method {name} is not the base's: leave it out"
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="nothing that trains here may decay"):
+        learning_of(name, load_adapted(base, None, torch.float32)[0])
 
 
 def test_a_new_one_is_the_same_for_the_same_seed_and_leaves_torchs_numbers_alone(base):

@@ -48,6 +48,18 @@ def test_every_way_that_is_told_fits_and_the_fewest_changes_come_first():
     assert told[0].count("--") == fewest
 
 
+@pytest.mark.parametrize("method", ["full", "galore", "adalora", "pissa"])
+def test_4_bits_are_proposed_with_what_they_have_where_nothing_is_said(method):
+    """Nothing was said of r and dtype: so --method qlora has r 16 and bf16, whatever the method's own are."""
+    asked = Setup(method=method, batch=1, seq=1024)
+    (other,) = (other for options, other in smaller(asked) if options == ["--method qlora"])
+    assert bytes_needed(LLAMA, other) == bytes_needed(LLAMA, Setup(method="qlora", r=16, dtype="bf16", seq=1024))
+    (other,) = (
+        other for options, other in smaller(replace(asked, r=64, dtype="fp32")) if options == ["--method qlora"]
+    )
+    assert bytes_needed(LLAMA, other) == bytes_needed(LLAMA, Setup(method="qlora", r=64, dtype="fp32", seq=1024))
+
+
 def test_where_nothing_would_fit_it_says_the_least():
     least = min(bytes_needed(LLAMA, other) for _, other in smaller(SETUP))
 

@@ -73,7 +73,8 @@ def test_size_predicts_the_bytes_of_a_training_step_within_a_tenth(method, check
             learning.optimizer.step()
             del loss
 
-    r = settings.first_r if method == "adalora" else settings.r
-    setup = Setup(method=method, r=r, dtype=dtype, batch=4, seq=256, checkpointing=checkpointing, master_weights=False)
+    setup = Setup(
+        method=method, r=settings.r, dtype=dtype, batch=4, seq=256, checkpointing=checkpointing, master_weights=False
+    )
     predicted = training_bytes(arch, setup)
     assert abs(live.peak - predicted.total) <= 0.1 * live.peak
