@@ -127,7 +127,7 @@ def fits_and_one_more_does_not(function: Callable, case: Case) -> str | None:
         return f"returned {n!r}: parameters are a whole number"
     room = (1 - case["reserve"]) * case["card_gb"] * GB
     if n * case["bytes_per_param"] > room * (1 + 1e-12):
-        return f"{int(n):,} parameters take {n * case['bytes_per_param'] / GB:.4f} GB, more than the {room / GB:.4f} GB there are"
+        return f"{int(n):,} parameters take {n * case['bytes_per_param'] / GB:.4f} GB of {room / GB:.4f}"
     return None if (n + 2) * case["bytes_per_param"] > room else f"more than {int(n):,} would fit"
 
 

@@ -70,7 +70,7 @@ def stacked(found: Mapping[str, Mapping[str, float]], card_gb: float) -> Figure:
     """A bar for each method, its parts on each other, and the card as a line across."""
     figure = new_figure(8.6, 3.3)
     axes = figure.subplots()
-    at = {method: 0.0 for method in found}
+    at = dict.fromkeys(found, 0.0)
     for part, (colour, hatch) in LOOK.items():
         values = [found[method][part] for method in found]
         if max(values) > 0:
