@@ -223,6 +223,22 @@ def _size(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _grade_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("notebook", help="a learner's .ipynb; only its text is read, not what a kernel made of it")
+    add("--lesson", metavar="NN", help="such as 03 (default: as the notebook says, else as its name begins)")
+    told = "its text draws the inputs, so that no answer can be made for the published ones"
+    add("--secret-file", metavar="FILE", help=told)
+    add("--seconds", type=float, default=30.0, metavar="S", help="of the processor, an exercise (default %(default)g)")
+    add("--json", metavar="FILE", help="write the grades here too")
+
+
+def _grade(args: argparse.Namespace) -> int:
+    from minilora.classroom.grading import run
+
+    return run(args)
+
+
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
     """It has none."""
 
@@ -299,6 +315,12 @@ COMMANDS = {
         example="minilora progress",
         add_arguments=_no_arguments,
         run=_progress,
+    ),
+    "grade": Command(
+        does="grade a lesson's exercises from a notebook's file, each in a process of its own",
+        example="minilora grade student/03_lora_in_numpy.ipynb --secret-file course.secret",
+        add_arguments=_grade_arguments,
+        run=_grade,
     ),
     "doctor": Command(
         does="what this machine has, and what to do about what it has not",

@@ -396,8 +396,10 @@ def describe(case: Case) -> str:
 def _raised(error: Exception, function: Callable, exercise: Exercise) -> str:
     """The exception, and the learner's own line that raised it; where none did, what was asked for."""
     files = _files_of(function)
-    own = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files and frame.line]
-    return f"{type(error).__name__}: {error}\n" + (f"in the line: {own[-1]}" if own else f"asked for: {exercise.asks}")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f"in the line: {frame.line}" for frame in frames if frame.filename in files and frame.line]
+    own += getattr(error, "__notes__", [])  # of an error that was raised in another process
+    return f"{type(error).__name__}: {error}\n" + (own[-1] if own else f"asked for: {exercise.asks}")
 
 
 def _files_of(function: Callable) -> set[str]:
