@@ -76,10 +76,9 @@ def stacked(found: Mapping[str, Mapping[str, float]], card_gb: float) -> Figure:
         if max(values) > 0:
             axes.barh(list(found), values, left=list(at.values()), color=colour, hatch=hatch, label=part, alpha=0.8)
         at = {method: at[method] + found[method][part] for method in found}
-    for place, total in enumerate(at.values()):
-        axes.annotate(f"{total:,.1f} GB", (total, place), (5, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(at)), [f"{method}\n{total:,.1f} GB" for method, total in at.items()])
     axes.axvline(card_gb, color=GREY, linestyle="--", linewidth=2, label=f"a card of {card_gb:g} GB")
-    axes.set_xlim(0, 1.2 * max(card_gb, *at.values()))
+    axes.set_xlim(0, 1.05 * max(card_gb, *at.values()))
     axes.set_xlabel("GB")
     axes.invert_yaxis()
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
