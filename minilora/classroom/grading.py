@@ -32,7 +32,7 @@ import numpy as np
 from minilora.classroom import sandboxed
 from minilora.classroom.exercises import VISIBLE_SEEDS, Case, Exercise, Property, Result, examine, find_exercise
 from minilora.classroom.lessons import lesson_module
-from minilora.classroom.sandbox import DEFAULT, DoesNotRun, Limits, Refused, Sandbox, Stopped
+from minilora.classroom.sandbox import DEFAULT, DoesNotRun, Limits, Refused, Sandbox, Stopped, is_function
 from minilora.classroom.slices import Program
 from minilora.classroom.submission import asked_name, submission
 from minilora.files import write_whole
@@ -226,19 +226,23 @@ def not_by_value(exercise: Exercise) -> frozenset[str]:
 
 
 def _is_by_value(exercise: Exercise, test: Callable) -> bool:
-    """Seen on the reference: whether all that goes in and comes out of its calls is plain data."""
+    """Seen on the reference: whether all that goes in and comes out of its calls is plain data.
+
+    A function among the inputs is one more to call: all that goes in and comes out of it must be plain data too.
+    """
     if isinstance(exercise.reference, type):
         return False
     seen: list[bool] = []
 
-    def recorded(*inputs: Any, **named: Any) -> Any:
-        value = exercise.reference(*inputs, **named)
-        seen.append(is_plain([inputs, named]) and is_plain(value))
+    def recorded(function: Callable, *inputs: Any, **named: Any) -> Any:
+        sent = [functools.partial(recorded, each) if is_function(each) else each for each in inputs]
+        value = function(*sent, **named)
+        seen.append(is_plain([named, value, *(each for each in inputs if not is_function(each))]))
         return value
 
     try:
         with np.errstate(all="ignore"):
-            test(recorded, exercise.generate(np.random.default_rng(0)))
+            test(functools.partial(recorded, exercise.reference), exercise.generate(np.random.default_rng(0)))
     except Exception:
         return False
     return all(seen)
@@ -291,7 +295,8 @@ def run(args: argparse.Namespace) -> int:
     if args.secret_file and not secret:
         raise ValueError(f"{args.secret_file} is empty: write a long random line into it, and keep it to yourself")
     try:
-        grades = grade_notebook(path, lesson, secret=secret, limits=dataclasses.replace(DEFAULT, seconds=args.seconds))
+        limits = dataclasses.replace(DEFAULT, seconds=args.seconds, clock_seconds=2 * args.seconds)
+        grades = grade_notebook(path, lesson, secret=secret, limits=limits)
     except KeyError as error:
         raise ValueError(error.args[0]) from error
     print(table(grades))

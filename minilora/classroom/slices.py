@@ -67,8 +67,8 @@ class Program:
         at = self._binding(name, len(self.statements), is_later=True)
         return None if at is None else self.statements[at]
 
-    def needed_by(self, *names: str, without: frozenset[str] = frozenset()) -> list[Statement]:
-        """The statements that these names need, in order; the names in `without` are there already.
+    def needed_by(self, *names: str) -> list[Statement]:
+        """The statements that these names need, in order.
 
         Of a function or class the last definition counts, of any other value the last before it is used.
         """
@@ -77,7 +77,7 @@ class Program:
         seen: set[tuple[str, int | None]] = set()
         while open_names:
             name, at, is_later = open_names.pop()
-            binding = None if name in without else self._binding(name, at, is_later)
+            binding = self._binding(name, at, is_later)
             if binding is None or (name, binding) in seen:
                 continue
             seen.add((name, binding))
@@ -136,14 +136,16 @@ def _only(node: ast.ImportFrom, alias: ast.alias) -> ast.ImportFrom:
 def _statement(node: ast.stmt, text: str) -> Statement:
     table = symtable.symtable(ast.unparse(node), "?", "exec")
     symbols = table.get_symbols()
+    targets = [each.target for each in ast.walk(node) if isinstance(each, ast.AugAssign)]
+    counted = {each.id for each in targets if isinstance(each, ast.Name)}
+    binds = {each.get_name() for each in symbols if each.is_assigned() or each.is_imported() or each.is_namespace()}
+    read = {each.get_name() for each in symbols if each.is_referenced()} | (counted & binds)  # `n += 1` reads n
     return Statement(
         node=node,
         text=text,
-        binds=frozenset(
-            each.get_name() for each in symbols if each.is_assigned() or each.is_imported() or each.is_namespace()
-        ),
+        binds=frozenset(binds),
         changes=frozenset(_changed(node)),
-        reads=frozenset(each.get_name() for each in symbols if each.is_referenced()) | frozenset(_read_at_once(table)),
+        reads=frozenset(read) | frozenset(_read_at_once(table)),
         reads_later=frozenset(_read_later(table)),
     )
 

@@ -11,6 +11,7 @@ The refusals are a courtesy: they name the line before anything runs. What holds
 import ast
 import functools
 import importlib
+import importlib.util
 import re
 import types
 from collections.abc import Iterator
@@ -87,6 +88,7 @@ def submission(
     for name in names & going_on.earlier.keys():
         course.answer(name, going_on.earlier[name])
     course.observe(not_by_value)
+    course.load_libraries(needed)
     return Submission(
         own="\n".join(own) + "\n", course=course.text(), handed=course.handed, empty=course.empty(), refused=refused
     )
@@ -137,6 +139,16 @@ def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
         yield from ((alias.name, "") for alias in node.names if alias.name.partition(".")[0] in BLOCKED)
     elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in BLOCKED:
         yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def _libraries(tree: ast.AST) -> Iterator[str]:
+    """The packages, not ours, that are imported anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        yield from (root for name in names if (root := name.partition(".")[0]) not in BLOCKED)
 
 
 def _attributes(tree: ast.AST) -> Iterator[tuple[str, str]]:
@@ -286,6 +298,14 @@ class _Course:
             found = f"{whole}.properties[{name}].test" if name.isdigit() else f"{whole}.{name}"
             self.lines.append(f"observer_{name} = {written.get(name, found)}")
             self.wanted.append(f"observer_{name}")
+
+    def load_libraries(self, needed: list[Statement]) -> None:
+        """Import what the learner's part and the lesson both import, before the lock: PyTorch loads native code."""
+        own = {name for each in needed for name in _libraries(each.node)}
+        there = {"torch"} if importlib.util.find_spec("torch") else set()
+        for name in sorted(own & (there | set(_libraries(ast.parse(self.lesson.source))))):
+            self.lines.append(f"import {name} as course_library_{name}")
+            self.wanted.append(f"course_library_{name}")
 
     def program(self) -> list[Statement]:
         """The statements of exercises.py that are needed, and the lines that were added."""
