@@ -1,7 +1,7 @@
-"""Lesson 05: which modules a target hits, adapters put in by name, what they count, and a budget, with learners' mistakes.
+"""Lesson 05: which modules a target hits, adapters put in by name, what they count, a budget, and learners' mistakes.
 
-The models are small and full of traps: twelve layers or so (layers.1 and layers.10), fewer heads of keys than of queries
-(GQA), a norm called q_proj_norm, GPT-2's Conv1D, two layers called c_proj, and an output head that is a linear layer.
+The models are small and full of traps: twelve layers or so (1 and 11), fewer heads of keys than of queries (GQA), a
+norm called q_proj_norm, GPT-2's Conv1D, three layers called c_proj, and an output head that is a linear layer.
 """
 
 import copy
@@ -9,6 +9,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,6 @@ from minilora.torch_lora.adapter_layer import AdapterLayer
 from minilora.torch_lora.inject import (
     ALL_LINEAR,
     adapter_layers,
-    count_parameters,
     freeze_all_but_adapters,
     inject,
     match_targets,
@@ -102,12 +102,35 @@ class GPT2(nn.Module):
         return self.lm_head(x)
 
 
-def tiny_llama(n_layers: int) -> Decoder:
-    """The package's own model, small: 3 heads of queries and 1 of keys, and a head_dim that is not hidden / heads."""
-    config = ModelConfig(
-        vocab_size=19, hidden_size=12, intermediate_size=20, n_layers=n_layers, n_heads=3, n_kv_heads=1, head_dim=6
+# 3 heads of queries and 1 of keys, and a head_dim that is not hidden / heads.
+TINY = Architecture(
+    family="llama", n_layers=12, hidden=12, intermediate=20, n_heads=3, n_kv_heads=1, head_dim=6, vocab=19
+)
+
+
+def config_of(arch: Architecture) -> ModelConfig:
+    """The same numbers, as the package's model takes them."""
+    return ModelConfig(
+        vocab_size=arch.vocab,
+        hidden_size=arch.hidden,
+        intermediate_size=arch.intermediate,
+        n_layers=arch.n_layers,
+        n_heads=arch.n_heads,
+        n_kv_heads=arch.n_kv_heads,
+        head_dim=arch.head_dim,
+        tie_word_embeddings=arch.tied,
     )
-    return Decoder(config)
+
+
+def of_shape(arch: Architecture) -> Decoder:
+    """The package's model of these numbers, without memory."""
+    with torch.device("meta"):
+        return Decoder(config_of(arch))
+
+
+def tiny_llama(n_layers: int) -> Decoder:
+    """The package's own model, small, with weights."""
+    return Decoder(config_of(replace(TINY, n_layers=n_layers)))
 
 
 def with_query_norms(model: Decoder) -> Decoder:
@@ -142,7 +165,7 @@ def small_models(rng: np.random.Generator) -> Case:
 
 QUESTIONS: tuple[tuple[str, list[str]], ...] = (
     ("llama", ["q_proj", "v_proj"]),
-    ("llama", ["layers.1.mlp.up_proj"]),
+    ("llama", ["1.mlp.up_proj"]),
     ("llama", ["q_proj", "v_porj"]),
     ("llama", ["proj"]),
     ("llama", [ALL_LINEAR]),
@@ -262,7 +285,7 @@ MATCH = Exercise(
         Bug(
             name="substring",
             function=_matching(hits=lambda name, target: target in name),
-            why="You asked `target in name`: q_proj then hits q_proj_norm, and layers.1 hits layers.10, 11 and 12.",
+            why="You asked `target in name`: q_proj then hits q_proj_norm, and 1.mlp.up_proj also layer 11.",
             link="8 · Break it",
         ),
         Bug(
@@ -284,7 +307,8 @@ MATCH = Exercise(
         Bug(
             name="the head too",
             function=_matching(head=lambda name: False),
-            why="all-linear leaves out lm_head. It is a linear layer, and as wide as the vocabulary: see what it costs.",
+            why="all-linear leaves out lm_head. It is a linear layer, and as wide as the vocabulary: see what it "
+            "costs.",
             link="8 · Break it",
         ),
         Bug(
@@ -302,7 +326,8 @@ MATCH = Exercise(
         Bug(
             name="nothing is refused",
             function=_matching(refuses=lambda found: False),
-            why="A misspelt target hits nothing, silently, and you train fewer layers than you meant: raise ValueError.",
+            why="A misspelt target hits nothing, silently, and you train fewer layers than you meant: raise "
+            "ValueError.",
         ),
         Bug(
             name="refused only if all miss",
@@ -563,7 +588,8 @@ def _walks_on(model: nn.Module, targets: Sequence[str], wrap: Wrap) -> None:
 INJECT = Exercise(
     id="05.2",
     title="Inject",
-    asks="inject(model, targets, wrap) puts wrap(module) in the place of each module hit, in place; only adapters train",
+    asks="inject(model, targets, wrap) puts wrap(module) in the place of each module hit, in place; only adapters "
+    "train",
     points=4,
     minutes=15,
     difficulty=3,
@@ -578,9 +604,11 @@ INJECT = Exercise(
         Property(name="wrap is called once for each module", test=wraps_each_once),
     ),
     hints=(
-        "Four steps, in this order: find the names (05.1), refuse, wrap all of them into a dict, and only then put them "
+        "Four steps, in this order: find the names (05.1), refuse, wrap all of them into a dict, and only then put "
+        "them "
         "in. Then freeze_all_but_adapters(model).",
-        "Refuse with a ValueError if one of the names is an adapter or lies inside one: adapter_layers(model) gives the "
+        "Refuse with a ValueError if one of the names is an adapter or lies inside one: adapter_layers(model) gives "
+        "the "
         'names of those there are; inside means that the name starts with one of them and a ".".',
         'A module hangs in its parent: parent, _, leaf = name.rpartition("."), then '
         "setattr(model.get_submodule(parent), leaf, module).",
@@ -590,7 +618,8 @@ INJECT = Exercise(
         Bug(
             name="nothing is checked",
             function=_nothing_checked,
-            why="Nothing is looked at before the first module is replaced: a second call goes inside the adapters of the "
+            why="Nothing is looked at before the first module is replaced: a second call goes inside the adapters of "
+            "the "
             "first, or stops half-way with some modules replaced.",
             link="8 · Break it",
         ),
@@ -634,7 +663,8 @@ INJECT = Exercise(
         Bug(
             name="the whole name as an attribute",
             function=_dotted,
-            why='setattr(model, "layers.0.q_proj", …) makes a new module with dots in its name, which nobody calls: set '
+            why='setattr(model, "layers.0.q_proj", …) makes a new module with dots in its name, which nobody calls: '
+            "set "
             "the last part, on the parent.",
             link="8 · Break it",
         ),
@@ -652,7 +682,8 @@ INJECT = Exercise(
         Bug(
             name="walks into what it put in",
             function=_walks_on,
-            why="The walk goes on into the adapter that it has just made, finds a linear layer there, wraps it, and so on. "
+            why="The walk goes on into the adapter that it has just made, finds a linear layer there, wraps it, and "
+            "so on. "
             "Collect all names before you change anything.",
         ),
     ),
@@ -684,22 +715,6 @@ def counts(function: Callable, case: Case) -> tuple[Any, Any]:
     """The count for some targets, and for all-linear."""
     arch, r = case["arch"], case["r"]
     return function(arch, r, list(case["targets"])), function(arch, r, ALL_LINEAR)
-
-
-def of_shape(arch: Architecture) -> Decoder:
-    """The package's model of these numbers, without memory."""
-    config = ModelConfig(
-        vocab_size=arch.vocab,
-        hidden_size=arch.hidden,
-        intermediate_size=arch.intermediate,
-        n_layers=arch.n_layers,
-        n_heads=arch.n_heads,
-        n_kv_heads=arch.n_kv_heads,
-        head_dim=arch.head_dim,
-        tie_word_embeddings=arch.tied,
-    )
-    with torch.device("meta"):
-        return Decoder(config)
 
 
 def is_a_real_model_s(function: Callable, case: Case) -> str | None:
@@ -797,9 +812,11 @@ COUNT = Exercise(
     hints=(
         "A is (r, in) and B is (out, r): a matrix costs r · (in + out). So all that is asked is in and out of seven "
         "matrices.",
-        "The heads decide: q makes n_heads · head_dim numbers, k and v make n_kv_heads · head_dim each, and o takes what "
+        "The heads decide: q makes n_heads · head_dim numbers, k and v make n_kv_heads · head_dim each, and o takes "
+        "what "
         "q makes.",
-        "gate and up go from hidden to intermediate, down the other way. Put in + out into a dict by name, and sum over "
+        "gate and up go from hidden to intermediate, down the other way. Put in + out into a dict by name, and sum "
+        "over "
         "the targets; then times r, times n_layers.",
         '"all-linear" is a string and stands for the seven: `for name in "all-linear"` would go through its letters.',
     ),
@@ -930,7 +947,8 @@ BUDGET_BUGS = (
     Bug(
         name="the largest gain per parameter first",
         function=_greedy(_by_ratio),
-        why="You took the best gain per parameter first. What is left over at the end may be worth more in another set: "
+        why="You took the best gain per parameter first. What is left over at the end may be worth more in another "
+        "set: "
         "try all 128.",
         link="7 · Run it",
     ),
@@ -1010,7 +1028,8 @@ def is_best_at_other_budgets(function: Callable, case: Case) -> str | None:
 BUDGET = Exercise(
     id="05.4",
     title="The best set under a budget",
-    asks="best_targets(gains, costs, budget) -> the set of names with the largest total gain whose cost is at most budget",
+    asks="best_targets(gains, costs, budget) -> the set of names with the largest total gain whose cost is at most "
+    "budget",
     points=2,
     minutes=10,
     difficulty=2,

@@ -116,7 +116,8 @@ def _control(name: str, spec: Any, start: Any) -> Widget:
     """The widget for one control. A value is sent when a drag ends, not for every pixel on its way."""
     common = {"description": name, "continuous_update": False}
     if isinstance(spec, bool):
-        return Checkbox(value=spec if start is None else start, description=name, indent=False, layout={"width": "auto"})
+        value = spec if start is None else start
+        return Checkbox(value=value, description=name, indent=False, layout={"width": "auto"})
     if isinstance(spec, list) and spec:
         labels = [(f"{value:,}" if isinstance(value, int) else str(value), value) for value in spec]
         return SelectionSlider(options=labels, value=spec[0] if start is None else start, **common)

@@ -1,6 +1,6 @@
 """Where a model's adapters are: a cell for each linear layer, by the number of its decoder layer and its name.
 
-    depth    0: no adapter; 1: one; 2: an adapter inside an adapter
+depth    0: no adapter; 1: one; 2: an adapter inside an adapter
 """
 
 import re

@@ -1,7 +1,7 @@
 """Lesson 05's picture: the seven matrices of a decoder layer to scale, with adapters on those that are chosen.
 
-    matrix     a rectangle, as high as its inputs and as wide as its outputs
-    A, B       an orange strip at its left, in × r, and one below it, r × out, in the same scale
+matrix     a rectangle, as high as its inputs and as wide as its outputs
+A, B       an orange strip at its left, in × r, and one below it, r × out, in the same scale
 """
 
 from collections.abc import Collection
