@@ -33,6 +33,7 @@ import warnings
 import torch
 from torch import nn
 
+# %% tags=["setup"]
 from minilora.classroom.bets import predict, settle
 from minilora.classroom.claims import show_claims
 from minilora.classroom.evidence import expect_bug
@@ -49,8 +50,8 @@ from minilora.torch_lora.inject import adapter_layers, freeze_all_but_adapters
 from minilora.torch_lora.layers import is_linear
 from minilora.torch_lora.wrap import lora_layer
 
-lesson = lesson_module("05")
 torch.manual_seed(0)
+lesson = lesson_module("05")
 
 # %% [markdown]
 # ## 1 · Warm-up
@@ -139,6 +140,7 @@ def finding(**values):
     )
 
 
+# %%
 def in_words(**values):
     block = numbers(**values)
     sizes = "; ".join(
@@ -176,20 +178,21 @@ picture.strip(model=list(PRESETS))
 # a model of L equal layers
 #
 # ```
-# parameters = L · r · Σ (in + out)            the sum goes over the chosen matrices of one layer
+# parameters = L · r · Σ (in + out)      the sum goes over the chosen matrices of one layer
 # ```
 #
 # What is left to know are seven pairs of numbers. With h the hidden size, i the intermediate size, d the width of a
 # head, n heads of queries and m heads of keys and values:
 #
 # ```
-#         in    out             Llama-2-7B        in + out    Llama-3-8B        in + out
-# q       h     n d             4096 → 4096         8,192     4096 → 4096         8,192
-# k, v    h     m d   (two)     4096 → 4096         8,192     4096 → 1024         5,120
-# o       n d   h               4096 → 4096         8,192     4096 → 4096         8,192
-# gate,up h     i     (two)     4096 → 11008       15,104     4096 → 14336       18,432
-# down    i     h               11008 → 4096       15,104     14336 → 4096       18,432
-#                               Σ of all seven     78,080     Σ of all seven     81,920
+#            in    out     Llama-2-7B       in + out     Llama-3-8B       in + out
+# q          h     n d     4096 → 4096        8,192      4096 → 4096        8,192
+# k          h     m d     4096 → 4096        8,192      4096 → 1024        5,120
+# v          h     m d     4096 → 4096        8,192      4096 → 1024        5,120
+# o          n d   h       4096 → 4096        8,192      4096 → 4096        8,192
+# gate, up   h     i       4096 → 11008      15,104      4096 → 14336      18,432
+# down       i     h       11008 → 4096      15,104      14336 → 4096      18,432
+#                          Σ of the seven    78,080      Σ of the seven    81,920
 # ```
 #
 # Llama-3 has 32 heads of queries and 8 of keys and values: four query heads share a key and a value. That is
@@ -211,8 +214,8 @@ for name, sizes in {"llama-2-7b": (8192, 8192, 15104), "llama-3-8b": (8192, 5120
     print(f"{name}   q v: 512 · {q + v:,} = {512 * (q + v):,}   all seven: 512 · {seven:,} = {512 * seven:,}")
 
 # %% [markdown]
-# **What a word hits.** A model is a tree, and each module has a name that is its path: `model.layers.7.self_attn.
-# q_proj`. A target is *the end of a path, at a dot*, or all of it:
+# **What a word hits.** A model is a tree, and each module has a name that is its path, such as
+# `model.layers.7.self_attn.q_proj`. A target is *the end of a path, at a dot*, or all of it:
 #
 # ```
 # hit  ⇔  name == target  or  name.endswith("." + target)
@@ -223,10 +226,10 @@ for name, sizes in {"llama-2-7b": (8192, 8192, 15104), "llama-3-8b": (8192, 5120
 # ```
 #                        q_proj    attn.c_proj    c_proj
 # layers.0.attn.q_proj     hit          -            -
-# q_proj                   hit          -            -       the whole name
-# layers.0.q_proj_norm      -           -            -       a substring is not enough
+# q_proj                   hit          -            -      the whole name
+# layers.0.q_proj_norm      -           -            -      a substring is not enough
 # h.0.attn.c_proj           -          hit          hit
-# h.0.cross_attn.c_proj     -           -           hit      the dot tells attn from cross_attn
+# h.0.cross_attn.c_proj     -           -           hit     no dot before attn.c_proj
 # ```
 #
 # The third kind of target is no name: `"all-linear"` stands for every linear layer but the output head.
