@@ -66,8 +66,8 @@ lesson = lesson_module("05")
 # is wrong, and a third of the layers get no adapter. The cell is run twice, and every adapter has another one inside.
 # Training works all the same: the loss falls, and a report says how many parameters train.
 #
-# The number that hurts is a printed one. Two articles print what r = 16 on all seven matrices of a 7B or 8B Llama
-# trains. Both numbers are of another model or another rank. A word that is misspelt costs as much:
+# The number that hurts is a printed one. Three articles print what r = 16 on all seven matrices of a 7B or 8B Llama
+# trains, and not one of the three numbers is right (section 9). A word that is misspelt costs as much:
 
 # %%
 llama_3 = ARCHITECTURES["llama-3-8b"]
@@ -554,7 +554,7 @@ maps = {number: adapter_map(patient, places) for number, patient in sick.items()
 show(
     draw_maps(
         {
-            f"Patient {number}, asked for {asked[number]}: {train[number]:,} train, meant {meant[number]:,}": cells
+            f"Patient {number}: {asked[number]}\n{train[number]:,} train, meant were {meant[number]:,}": cells
             for number, cells in maps.items()
         }
     ),
@@ -601,8 +601,8 @@ assert torch.equal(said, output)
 # <details><summary><b>Patient 3</b>, the head</summary>
 #
 # `lm_head` is an `nn.Linear`, so "all linear layers" has it. Here it costs little. In Llama-3-8B it is 4096 × 128,256,
-# and an adapter of r = 16 beside it has 2,117,632 parameters, as many as beside seven layers' worth of q, and the two
-# are often the same tensor as the embedding, which an adapter must not part from it unnoticed.
+# and an adapter of r = 16 beside it has 2,117,632 parameters, 16 times as many as beside the q of a layer. Where head
+# and embedding are one tensor, as in SmolLM2, a merge would change both, or part them.
 # </details>
 #
 # <details><summary><b>Patient 4</b>, nothing at all</summary>
@@ -616,7 +616,7 @@ assert torch.equal(said, output)
 # %%
 head = 16 * (4096 + llama_3.vocab)
 print(f"r = 16 beside Llama-3-8B's head: {head:,} parameters; beside the q of one layer: {16 * 8192:,}")
-assert head == 2_117_632
+assert head == 2_117_632 and round(head / (16 * 8192)) == 16
 
 for exercise_id, name in (
     ("05.1", "substring"),
@@ -649,8 +649,8 @@ assert len(adapter_layers(half)) == 2 and not adapter_layers(whole)
 # %% [markdown]
 # ## 9 · Check the claims
 #
-# Four articles print what some LoRA trains. Every printed count can be checked in a line, with the formula of section
-# 5, and nobody who copied them did. Before you run the cell: which of the five printed outputs do you trust?
+# A printed count can be checked in a line, with the formula of section 5. Four articles print four of them for r = 16.
+# Before you run the cell: how many of the four do you trust?
 
 # %%
 show_claims("05")

@@ -60,11 +60,11 @@ def adapter_map(model: nn.Module, names: Iterable[str]) -> list[Cell]:
 @styled
 def draw_maps(maps: Mapping[str, list[Cell]]) -> Figure:
     """One panel for each map, two to a row, under its title."""
-    figure = new_figure(9.5, 2.35 * -(-len(maps) // 2) + 0.4)
+    figure = new_figure(9.5, 2.55 * -(-len(maps) // 2) + 0.4)
     panels = figure.subplots(-(-len(maps) // 2), 2, squeeze=False, sharex=True, sharey=True)
     for axes, (title, cells) in zip(panels.flat, maps.items(), strict=False):
         _draw_map(axes, cells)
-        axes.set_title(title, loc="left")
+        axes.set_title(title, loc="left", fontsize=10)
     for axes in panels[-1]:
         axes.set_xlabel("decoder layer")
     figure.supxlabel(

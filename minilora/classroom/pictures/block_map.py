@@ -94,7 +94,7 @@ def _draw_matrices(axes: Axes, block: BlockMap) -> None:
     hidden = block.matrices[0].linear.in_features
     wide = block.matrices[4].linear.out_features / hidden  # of gate and up; the height of down
     right = max(5.15, wide + 1.15)
-    places = {"q": (0, 0), "k": (1.45, 0), "v": (2.9, 0), "o": (right, 0)}
+    places: dict[str, tuple[float, float]] = {"q": (0, 0), "k": (1.45, 0), "v": (2.9, 0), "o": (right, 0)}
     places |= {"gate": (0, 2), "up": (0, 3.95), "down": (right, 2)}
     for matrix in block.matrices:
         _draw_matrix(axes, matrix, *places[matrix.letter], hidden)

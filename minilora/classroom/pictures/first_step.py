@@ -83,6 +83,7 @@ def draw_first_step(
     left.set(xlim=(0, 1.35 * max(costs.values())), ylim=(0, 1.2 * max(gains.values())))
     left.set(xlabel=f"parameters of its adapters at r = {r}", ylabel="share of the squared gradient")
     left.xaxis.set_major_formatter(lambda value, _: human_count(value))
+    left.yaxis.set_major_formatter(_percent)
     left.grid(True)
     for line, (rank, (kinds, share)) in enumerate(best.items()):
         right.barh(line, share, color=COLOURS[0], height=0.5)
@@ -91,5 +92,9 @@ def draw_first_step(
         right.text(share, line, f" {100 * share:.0f} %", va="center", fontweight="bold")
     right.set(xlim=(0, 1.15), ylim=(len(best) - 0.5, -0.8), xlabel="share captured under the budget")
     right.set_yticks([])
-    right.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    right.xaxis.set_major_formatter(_percent)
     return figure
+
+
+def _percent(value: float, _: object) -> str:
+    return f"{100 * value:.0f} %"
