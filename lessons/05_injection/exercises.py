@@ -155,10 +155,10 @@ def models(rng: np.random.Generator) -> Case:
 
 
 def small_models(rng: np.random.Generator) -> Case:
-    """Two of them, with two or three layers, which are copied often."""
+    """Two of them as small as can be: they are copied for every scene."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**31)))
-        return {"llama": with_query_norms(tiny_llama(int(rng.integers(2, 4)))), "gpt2": GPT2(2)}
+        return {"llama": tiny_llama(2), "gpt2": GPT2(1)}
 
 
 # ------------------------------------------------------------------------------------------------------ 05.1 matching
@@ -385,7 +385,9 @@ def scenes(function: Callable, case: Case) -> dict[str, str]:
     for number, (scene, (name, calls)) in enumerate(SCENES.items()):
         seen[scene] = played(function, copy.deepcopy(case[name]), calls, [adapter] * len(calls), comes_out=number == 0)
     refused = copy.deepcopy(case["llama"])
-    seen["wrap refuses the third module"] = played(function, refused, [["v_proj"]], [Refusing()]).partition(",")[0]
+    seen["wrap refuses the third module"] = played(function, refused, [["v_proj", "k_proj"]], [Refusing()]).partition(
+        ","
+    )[0]
     return seen
 
 

@@ -96,15 +96,15 @@ predict(
 )
 predict(
     "05.first",
-    "SmolLM2-135M sees four sentences and the JSON that it should answer. Which matrix holds the largest share of the "
-    "squared gradient for each parameter that its adapter would have?",
+    "SmolLM2-135M sees four sentences and the JSON that it should answer. Add up the squares of the gradient's entries, "
+    "by kind of matrix. Which holds most for each parameter that its adapter would have?",
     choices=["q", "k", "v", "o", "gate", "up", "down"],
     bet=None,
 )
 predict(
     "05.budget",
-    "Five million parameters for adapters on SmolLM2-135M. What holds more of that gradient?",
-    choices=["two matrices with r = 64", "three with r = 32", "all seven with r = 16"],
+    "Five million parameters for adapters on SmolLM2-135M. Which of these can hold most of that sum?",
+    choices=["two kinds with r = 64", "three or four with r = 32", "all seven with r = 16"],
     bet=None,
 )
 
@@ -241,9 +241,9 @@ assert list(table.values()) == [[1, 1, 0, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1
 print("as by hand:", {target: sum(hits) for target, hits in table.items()})
 
 # %% [markdown]
-# **Where a module hangs.** A module does not know its name, and not its parent. It is an attribute of its parent, so it
-# is replaced there: cut the name at its last dot, walk to the parent, and set the last part. You write `model` + path +
-# leaf, and never `setattr(model, "layers.0.q_proj", …)`: PyTorch takes that for a new module with dots in its name.
+# **Where a module hangs.** A module knows neither its name nor its parent. It is an attribute of its parent, and there
+# it is replaced: cut the name at its last dot, walk to the parent, and set the last part. `setattr(model,
+# "layers.0.q_proj", …)` does something else: it makes a new module with dots in its name.
 
 # %%
 block = nn.ModuleDict({"attn": lesson.a_block()})
@@ -354,12 +354,12 @@ best_set = check("05.4", best_targets).function
 # %% [markdown]
 # ## 7 · Run it, then settle the bets
 #
-# **The formula against models of full size.** Llama-2-7B has 6.7 billion parameters, and 27 GB in float32. On `meta`
-# it has none of them, and `inject` does not notice: names and shapes are all it needs.
+# **The formula against models of full size.** In float32 the larger two take more memory than most computers have. On
+# `meta` they take none, and `inject` does not notice: names and shapes are all it needs.
 
 # %%
 SETS = {"q v": ["q_proj", "v_proj"], "q k v o": list(lesson.ATTENTION), "all seven": "all-linear"}
-print("r = 16           " + "".join(f"{name:>14}" for name in SETS) + "         share")
+print("r = 16           " + "".join(f"{name:>14}" for name in SETS) + "         share   float32")
 for title, name in PRESETS.items():
     arch, row = ARCHITECTURES[name], []
     for targets in SETS.values():
@@ -368,7 +368,12 @@ for title, name in PRESETS.items():
         counted = count_parameters(model)
         assert counted.trainable == count_of(arch, 16, targets)
         row.append(counted.trainable)
-    print(f"{title:<17}" + "".join(f"{trained:>14,}" for trained in row) + f"{counted.trainable_share:>14.3%}")
+    gigabytes = 4e-9 * (counted.total - counted.trainable)
+    print(
+        f"{title:<17}"
+        + "".join(f"{trained:>14,}" for trained in row)
+        + f"{counted.trainable_share:>14.3%}{gigabytes:>7.1f} GB"
+    )
     if title == "Llama-2-7B":
         two, _, seven = row
         assert row == [8_388_608, 16_777_216, 39_976_960]
@@ -462,8 +467,8 @@ show(
     alt="Left: the seven kinds of matrices, by what their adapters cost at r = 16 and by their share of the squared "
     "gradient. v_proj and down_proj are far above the others; v_proj is among the cheapest, down_proj among the "
     "dearest. q_proj, k_proj, o_proj and gate_proj lie low. Right: three bars, for the best set under five million "
-    "parameters at r = 16, 32 and 64: all seven at 16 capture nearly everything, at 32 three of them about three "
-    "quarters, at 64 two of them less than a half.",
+    f"parameters at r = 16, 32 and 64: all seven at 16 capture nearly everything, {len(best[32][0])} of them at 32 "
+    f"about three quarters, and {len(best[64][0])} at 64 less than a half.",
     finding="Under one budget, a small rank everywhere holds more of the gradient than a large rank in a few places.",
 )
 assert len(best[16][0]) == 7 > len(best[32][0]) > len(best[64][0])
@@ -473,7 +478,7 @@ assert best[16][1] > best[32][1] > best[64][1]
 per_parameter = {kind: shares[16][kind] / costs[16][kind] for kind in shares[16]}
 settle("05.first", max(per_parameter, key=per_parameter.get).removesuffix("_proj"))
 winner = max(best, key=lambda r: best[r][1])
-settle("05.budget", {16: "all seven with r = 16", 32: "three with r = 32", 64: "two matrices with r = 64"}[winner])
+settle("05.budget", {16: "all seven with r = 16", 32: "three or four with r = 32", 64: "two kinds with r = 64"}[winner])
 
 # %% [markdown]
 # Is the arithmetic true? Put adapters of rank 16 into the real model, write the step into them (`B = −lr · U diag(σ)`,
@@ -492,9 +497,10 @@ print(f"the loss fell by {fell / told:.2f} times what the formula says")
 assert abs(fell / told - 1) < 0.1  # the rest is of second order in lr
 
 # %% [markdown]
-# **What it shows, and what not.** Under a fixed budget, spread the rank: all seven with r = 16 hold more than any three
-# with 32. The LoRA paper finds the same in trained models (Table 5: the same parameters in four matrices with r = 2 do
-# at least as well as in one with r = 8). And v holds much for its price, q little, in this model on this task.
+# **What it shows, and what not.** Under a fixed budget, spread the rank: all seven with r = 16 hold more than the best
+# set with 32. The LoRA paper finds the same in trained models: in its Table 5 four matrices with r = 2 do at least as
+# well as any single one with r = 8, which costs the same. And v holds much for its price, q little, in this model on
+# this task.
 #
 # It is one step, of plain gradient descent, on four sentences. Adam steps differently, and later gradients point
 # elsewhere. So take it as a reason to try a set, not as a result. A result is a training with several seeds: lesson 08.
@@ -587,8 +593,7 @@ assert torch.equal(said, output)
 # <details><summary><b>Patient 1</b>, a layer too many</summary>
 #
 # The target was compared as a substring: `1.self_attn.q_proj` is in `layers.11.self_attn.q_proj` too. In a model of ten
-# layers nobody would have noticed. It is the bug of an article whose code asks `target in name` and calls that the way
-# of PEFT; section 9 has it.
+# layers nobody would have noticed. It is how the code of an article matches; section 9 has it.
 # </details>
 #
 # <details><summary><b>Patient 2</b>, adapters in adapters</summary>
@@ -609,8 +614,8 @@ assert torch.equal(said, output)
 #
 # The count is right to the last digit and nothing is adapted: `setattr(model, "model.layers.0.self_attn.q_proj", …)`
 # made new children of the model, with dots in their names. `parameters()` finds them, the optimizer gets them, and the
-# forward pass goes where it always went. Here the loss would raise at `backward()`. If anything else trains, it does
-# not. *A count is no proof; a gradient is.*
+# forward pass goes where it always went. Here `backward()` would raise, for nothing that trains took part. In a model
+# in which anything else trains, nothing is raised. *A count is no proof; a gradient is.*
 # </details>
 
 # %%
