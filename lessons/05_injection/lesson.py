@@ -96,8 +96,8 @@ predict(
 )
 predict(
     "05.first",
-    "SmolLM2-135M sees four sentences and the JSON that it should answer. Add up the squares of the gradient's entries, "
-    "by kind of matrix. Which holds most for each parameter that its adapter would have?",
+    "SmolLM2-135M sees four sentences and the JSON that it should answer. Add up the squares of the gradient's "
+    "entries, by kind of matrix. Which holds most for each parameter that its adapter would have?",
     choices=["q", "k", "v", "o", "gate", "up", "down"],
     bet=None,
 )
