@@ -117,7 +117,8 @@ def _control(name: str, spec: Any, start: Any) -> Widget:
     common = {"description": name, "continuous_update": False}
     if isinstance(spec, bool):
         value = spec if start is None else start
-        return Checkbox(value=value, description=name, indent=False, layout={"width": "auto"})
+        layout = {"width": "auto", "margin": "2px 16px 2px 4px"}  # several fit into a row, each box with its own name
+        return Checkbox(value=value, description=name, indent=False, layout=layout)
     if isinstance(spec, list) and spec:
         labels = [(f"{value:,}" if isinstance(value, int) else str(value), value) for value in spec]
         return SelectionSlider(options=labels, value=spec[0] if start is None else start, **common)
