@@ -12,8 +12,8 @@
 # * **You will be able to** *write* LoRA's forward pass without ever building a matrix as large as the weight; *derive*
 #   its three gradients by hand and *check* them by differences; *explain* which of A and B learns first, and why one of
 #   them must start at zero.
-# * **You need** matrix products and transposes, the chain rule. What is needed of rank and the SVD stands in section 1;
-#   a lesson of its own, 02, is planned.
+# * **You need** matrix products and transposes, the chain rule. Lesson 02 is about rank and the SVD; what is needed
+#   of them here stands in section 1 again.
 # * **Minutes**: read 25 · exercises 35 · stretch and explain 25.
 # * **Runs on** any CPU in under a minute; NumPy is enough. No GPU.
 

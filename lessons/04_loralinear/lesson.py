@@ -534,7 +534,7 @@ with expect_bug(RuntimeError, match="second merge would add the update twice"):
     package.q_proj.merge()
 package.q_proj.unmerge()
 
-# wrapping by name, freezing and counting in one call (a lesson on it, 05, is planned)
+# wrapping by name, freezing and counting in one call (lesson 05)
 print(inject(SimpleAttention(512), ["q_proj", "v_proj"], lambda base: PackageLoRALinear(base, r=8, alpha=16)))
 
 # %% [markdown] tags=["slide"]
@@ -865,7 +865,7 @@ if has_peft:
 # `eval()`: compare with section 7.
 #
 # And read `minilora/torch_lora/layers.py`: you know every line of its `LoRALinear` now, and of `merged`, in
-# `adapter_layer.py` beside it. Lesson 05, which is planned, puts it into a whole model by name.
+# `adapter_layer.py` beside it. Lesson 05 puts it into a whole model by name.
 #
 # ### Before you go
 #

@@ -25,7 +25,7 @@ def elbow_between_8_and_16() -> Finding:
 
 
 def rank_4_on_glue() -> Finding:
-    """What the paper's table of ranks is about, and what it says of r = 1."""
+    """What the paper's table of ranks, for GPT-3 175B, is about, and what it says of r = 1."""
     cases = {task: task in TABLE_6 and abs(TABLE_6[task][4] - TABLE_6[task][64]) <= 0.5 for task in GLUE}
     told = "; ".join(f"{task} {ranks[1]} with r = 1, {ranks[64]} with r = 64" for task, ranks in TABLE_6.items())
     named = {"MultiNLI": cases.pop("MultiNLI"), "the other tasks of GLUE": all(cases.values())}
@@ -33,7 +33,7 @@ def rank_4_on_glue() -> Finding:
 
 
 def examples_per_million() -> Finding:
-    """Whether 200 rows a million parameters keep an adapter from overfitting, in layers of this lesson."""
+    """Whether more than 100 to 200 rows a million parameters keep an adapter of this lesson from overfitting."""
     lesson, n = lesson_module("08"), 60
     rows = n / (RANKS[-1] * (IN + OUT)) * 1e6
     cases = {f"{n} rows, noise {noise}": not lesson.overfits(3, n, noise) for noise in (0.0, 0.5)}

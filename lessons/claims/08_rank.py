@@ -1,15 +1,11 @@
 """08 · How much rank? Sweep, elbow, overfitting
 
-The claims for this lesson. Scores are the LoRA paper's (arXiv 2106.09685), by its tables; losses are a benchmark's.
+What its notebook leaves out. Scores and losses are the LoRA paper's (arXiv 2106.09685), by its tables.
 """
 
-import json
-
 from minilora.classroom.claims import MATHEMATICS, REVOLUTION, STICKY_NOTE, Claim, Finding, Unsettled
-from minilora.classroom.lessons import lessons_folder
 from minilora.llm.architectures import ARCHITECTURES
 from minilora.llm.sizes import lora_params
-from minilora.train.planted import elbow
 
 # Table 6: GPT-3 175B, adapters on W_q and W_v; with how far each score fluctuates between seeds.
 TABLE_6 = {
@@ -32,7 +28,6 @@ E2E_LOSS = {
     1024: 1.17,
 }
 E2E_BLEU = {1: 68.72, 2: 69.17, 4: 70.38, 8: 69.57, 16: 69.61, 32: 69.33, 64: 69.24, 128: 68.73, 256: 68.92, 512: 68.78}
-GLUE = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI")
 
 
 def default_rank() -> Finding:
@@ -44,18 +39,6 @@ def default_rank() -> Finding:
         cases=config.r == 16,
         found=f"LoraConfig() of PEFT {peft.__version__}: r = {config.r}, lora_alpha = {config.lora_alpha}, "
         f"lora_dropout = {config.lora_dropout}",
-    )
-
-
-def r4_on_glue() -> Finding:
-    """Table 6: what r = 4 keeps of r = 64, and which of its tasks are GLUE's."""
-    keeps = [scores[64] - scores[4] <= FLUCTUATION[task] + 1e-9 for task, scores in TABLE_6.items()]
-    assert all(keeps)
-    of_glue = {task.split(" learns ")[1] for task in TABLE_6} & set(GLUE)
-    return Finding(
-        cases={"it is MNLI (one of GLUE's nine tasks)": "MNLI" in of_glue, "it is all of GLUE": of_glue == set(GLUE)},
-        found="by the LoRA paper's Table 6, on W_q and W_v: MNLI 91.3 at r = 4 and 91.4 at r = 64, WikiSQL 73.7 and "
-        "73.5; GPT-3 was run on no other task of GLUE. r = 1 gives 91.3 and 73.4",
     )
 
 
@@ -128,19 +111,6 @@ def examples_needed() -> Finding:
     )
 
 
-def planted_elbows() -> Finding:
-    """The elbow of the benchmark's sweeps, by the rank of what was to be learnt."""
-    path = lessons_folder().parent / "benchmarks" / "planted_rank.json"
-    losses = json.loads(path.read_text(encoding="utf-8"))["losses"]
-    elbows = {int(k): elbow({int(r): found for r, found in by_rank.items()}) for k, by_rank in losses.items()}
-    return Finding(
-        cases={f"the update to be learnt has rank {k}": 8 <= r <= 16 for k, r in elbows.items()},
-        found=f"the elbow lies at {', '.join(map(str, elbows.values()))} for planted ranks "
-        f"{', '.join(map(str, elbows))}"
-        ": where the task puts it (`python benchmarks/planted_rank.py`; a small decoder, three seeds)",
-    )
-
-
 CHOOSE = f"{MATHEMATICS}, “Rank Selection - How to Choose r”"
 CLAIMS = [
     Claim(
@@ -149,13 +119,6 @@ CLAIMS = [
         source=f"{REVOLUTION}, “Rules of Thumb”",
         settle=default_rank,
         verdict="does not hold",
-    ),
-    Claim(
-        id="08.r4-on-glue",
-        fact="On GLUE, r = 4 captured most of the performance of r = 64 for GPT-3.",
-        source=f"{REVOLUTION}, “The Diminishing Returns Curve”",
-        settle=r4_on_glue,
-        verdict="holds when",
     ),
     Claim(
         id="08.diminishing-returns",
@@ -192,21 +155,8 @@ CLAIMS = [
         settle=examples_needed,
         verdict="holds when",
     ),
-    Claim(
-        id="08.elbow",
-        fact="The loss against the rank has its elbow between 8 and 16.",
-        source=f"{STICKY_NOTE}, its exercise",
-        settle=planted_elbows,
-        verdict="holds when",
-    ),
 ]
 UNSETTLED = [
-    Unsettled(
-        id="08.examples-rule",
-        fact="Fewer than 100 to 200 examples a million trained parameters, and the adapter overfits.",
-        source=f"{REVOLUTION}, “The Relationship Between Rank and Data”",
-        needs="training and held-out loss over a grid of ranks and numbers of examples, several seeds",
-    ),
     Unsettled(
         id="08.elbow-on-alpaca",
         fact="Llama-2-7B on Alpaca, adapters on q and v: the elbow lies between 8 and 16.",

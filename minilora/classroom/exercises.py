@@ -14,6 +14,7 @@ import dis
 import functools
 import inspect
 import io
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -445,7 +446,8 @@ def hint(exercise_id: str) -> None:
         )
         return
     record("hints", exercise.id, taken=step)
-    print(f"Hint {step} of {len(exercise.hints)} for {exercise.id}: {exercise.hints[step - 1]}")
+    told = f"Hint {step} of {len(exercise.hints)} for {exercise.id}: {exercise.hints[step - 1]}"
+    print(textwrap.fill(told, width=96, subsequent_indent="  "))
 
 
 _hints_taken: dict[str, int] = {}

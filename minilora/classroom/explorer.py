@@ -66,7 +66,7 @@ class Explorer:
         self.draw, self.alt, self.finding = draw, alt, finding
         self.controls = {name: _control(name, spec, start.get(name)) for name, spec in controls.items()}
         self.picture, self.words = DisplayHandle(), DisplayHandle()
-        display(HBox(list(self.controls.values())))
+        display(HBox(list(self.controls.values()), layout={"flex_flow": "row wrap"}))
         image, words = self._frame()
         self.picture.display(image[0], metadata=image[1], raw=True)
         self.words.display(words, raw=True)
@@ -116,7 +116,9 @@ def _control(name: str, spec: Any, start: Any) -> Widget:
     """The widget for one control. A value is sent when a drag ends, not for every pixel on its way."""
     common = {"description": name, "continuous_update": False}
     if isinstance(spec, bool):
-        return Checkbox(value=spec if start is None else start, description=name)
+        value = spec if start is None else start
+        layout = {"width": "auto", "margin": "2px 16px 2px 4px"}  # several fit into a row, each box with its own name
+        return Checkbox(value=value, description=name, indent=False, layout=layout)
     if isinstance(spec, list) and spec:
         labels = [(f"{value:,}" if isinstance(value, int) else str(value), value) for value in spec]
         return SelectionSlider(options=labels, value=spec[0] if start is None else start, **common)

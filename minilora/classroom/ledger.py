@@ -52,7 +52,7 @@ def ledger() -> str:
 def summary(found: list[Settled]) -> str:
     """How many there are of each verdict, in one line."""
     count = Counter(one.claim.verdict for one in found)
-    quoted = sum(one.found.startswith("by ") for one in found)
+    quoted = sum(bool(re.match(r"by |table \d", one.found)) for one in found)
     return (
         f"{len(found)} claims are settled: {count['holds']} hold, {count['holds when']} hold in some cases, "
         f"{count['does not hold']} do not hold ({quoted} of these verdicts rest on a quotation, the others on code "

@@ -81,10 +81,9 @@ def _names(text: str) -> list[str]:
 
 def _refuse_useless(setups: Sequence[Setup], asked: Collection[str]) -> None:
     methods = [setup.method for setup in setups]
-    for setting in USED_BY.keys() & asked:
-        if not set(methods) & set(USED_BY[setting]):
+    for setting, users in USED_BY.items():
+        if setting in asked and not set(methods) & set(users):
             option = FLAGS.get(setting, "--no-master-weights")
-            users = ", ".join(USED_BY[setting])
-            raise ValueError(f"{option} does nothing for {', '.join(methods)}: it is an option of {users}")
+            raise ValueError(f"{option} does nothing for {', '.join(methods)}: it is an option of {', '.join(users)}")
     if "master_weights" in asked and all(setup.width_bytes == 4 for setup in setups if setup.method == "full"):
         raise ValueError("--no-master-weights does nothing in fp32, where there is no copy: give --dtype bf16")

@@ -1,4 +1,4 @@
-"""A learner's first minute in a real browser: JupyterLab opens a lesson, runs it, a slider moves, the figure changes.
+"""A learner in a browser: a lesson runs, its slider moves; a mistake is named, a hint given, a right answer passes.
 
 Set MINILORA_SCREENSHOTS to a folder to keep the pictures that are taken on the light and the dark theme.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.webdriver import ActionChains
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -144,10 +145,11 @@ def wait(browser: webdriver.Chrome, seconds: float, what: str, condition: Callab
     return WebDriverWait(browser, seconds, ignored_exceptions=[Exception]).until(lambda _: condition(), message=what)
 
 
-def cell_with(browser: webdriver.Chrome, text: str) -> WebElement:
-    """The code cell whose source contains this text."""
+def cell_with(browser: webdriver.Chrome, text: str, *, exact: bool = False) -> WebElement:
+    """The code cell whose source contains this text, or is just this text."""
     cells = browser.find_elements(By.CSS_SELECTOR, ".jp-Notebook .jp-CodeCell")
-    (cell,) = [each for each in cells if text in each.find_element(By.CSS_SELECTOR, ".cm-content").text]
+    sources = [(each.find_element(By.CSS_SELECTOR, ".cm-content").text.strip(), each) for each in cells]
+    (cell,) = [each for source, each in sources if (text == source if exact else text in source)]
     return cell
 
 
@@ -186,6 +188,59 @@ def test_a_lesson_is_opened_run_and_its_slider_moved(lab: str, browser: webdrive
     browser.execute_script("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     wait(browser, 30, "the dark theme", lambda: browser.find_elements(By.CSS_SELECTOR, "[data-jp-theme-light='false']"))
     screenshot(browser, explorer, "lab_dark", tmp_path)
+
+
+def test_a_learner_errs_is_told_why_takes_a_hint_and_passes(lab: str, browser: webdriver.Chrome, tmp_path: Path):
+    browser.get(lab.replace("/tree/", "/tree/student/"))
+    blank = wait(browser, 120, "the blank", lambda: cell_with(browser, "def lora_forward("))
+    said = lambda: blank.find_element(By.CSS_SELECTOR, ".jp-OutputArea").text  # noqa: E731
+    run(browser, cell_with(browser, "import importlib.util"))
+    run(browser, blank)
+    wait(browser, 120, "a stub is no mistake", lambda: "03.1  The forward pass: not started (8 minutes)" in said())
+
+    answer(browser, blank, "your code", "return x @ W.T + (x @ A.T) @ B.T")
+    run(browser, blank)
+    wait(browser, 60, "the mistake's name", lambda: "looks like  no scaling: You left out alpha / r" in said())
+    assert "✗  03.1  The forward pass: not yet" in said()
+    screenshot(browser, blank, "learner_wrong", tmp_path)
+
+    type_below(browser, 'hint("03.1")')
+    asked = wait(browser, 60, "the new cell", lambda: cell_with(browser, 'hint("03.1")', exact=True))
+    wait(browser, 60, "a hint", lambda: "Hint 1 of 3 for 03.1: Write the shapes under the letters" in asked.text)
+
+    answer(browser, blank, "return x", "return x @ W.T + (alpha / len(A)) * (x @ A.T) @ B.T")
+    run(browser, blank)
+    wait(browser, 60, "it passes", lambda: "✓  03.1  The forward pass: 5 checks passed" in said())
+    assert "The lesson goes on with your function." in said()
+    screenshot(browser, blank, "learner_right", tmp_path)
+
+    environment = {**os.environ, "MINILORA_HOME": str(tmp_path / "learner"), "MINILORA_LESSONS": str(ROOT / "lessons")}
+    command = [sys.executable, "-m", "minilora.cli", "progress"]
+    told = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in told.splitlines() if " 03.1 " in line]
+    assert " ".join(line.split()) == "✓ 03.1 The forward pass passed, 3 attempts, 1 of 3 hints"
+
+
+def run(browser: webdriver.Chrome, cell: WebElement) -> None:
+    """Click into a cell and press Ctrl+Enter."""
+    editor = cell.find_element(By.CSS_SELECTOR, ".cm-content")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", editor)
+    ActionChains(browser).click(editor).key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(Keys.CONTROL).perform()
+
+
+def answer(browser: webdriver.Chrome, cell: WebElement, over: str, text: str) -> None:
+    """Type over the line of a cell that holds these words; its indentation stays."""
+    lines = cell.find_elements(By.CSS_SELECTOR, ".cm-line")
+    (line,) = [each for each in lines if over in each.text]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", line)
+    keys = ActionChains(browser).click(line).send_keys(Keys.END)
+    keys.key_down(Keys.SHIFT).send_keys(Keys.HOME).key_up(Keys.SHIFT).send_keys(text).perform()
+
+
+def type_below(browser: webdriver.Chrome, text: str) -> None:
+    """A new cell below the one that was run, with this text, and run it."""
+    keys = ActionChains(browser).send_keys("b").send_keys(Keys.ENTER).pause(0.5).send_keys(text)
+    keys.key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(Keys.CONTROL).perform()
 
 
 def prompt(cell: WebElement) -> str:

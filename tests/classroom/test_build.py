@@ -6,22 +6,16 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from minilora.classroom.build import (
-    Lesson,
-    LessonError,
-    blank,
-    find_lessons,
-    full_cells,
-    load_quiz,
-    main,
-    output_problems,
-    problem_of,
-    source_cells,
-    student_cells,
-)
+from minilora.classroom.build.__main__ import main
+from minilora.classroom.build.cells import blank, full_cells, source_cells, student_cells
+from minilora.classroom.build.executing import output_problems
+from minilora.classroom.build.lesson import Lesson, LessonError, find_lessons
+from minilora.classroom.build.notebooks import new_notebook, outputs_sha256, problem_of, write_notebook
+from minilora.classroom.build.quiz import load_quiz
 
 LESSON = """# %% [markdown]
 # # Seven
+# * **Minutes**: read 1 · exercises 1.
 # <!-- quiz: warm-up -->
 
 # %%
@@ -126,13 +120,11 @@ def test_a_cell_that_fails_is_reported_and_nothing_is_written(
 
 def fake_build(lesson: Lesson) -> None:
     """The notebooks of a lesson as building would leave them, without running anything."""
-    from minilora.classroom import build as module
-
     cells = source_cells(lesson)
-    full = module._notebook(lesson, full_cells(cells))
-    full.metadata["minilora"]["outputs_sha256"] = module._outputs_sha256(full.cells)
-    module._write(full, lesson.full)
-    module._write(module._notebook(lesson, student_cells(cells)), lesson.student)
+    full = new_notebook(lesson, full_cells(cells))
+    full.metadata["minilora"]["outputs_sha256"] = outputs_sha256(full.cells)
+    write_notebook(full, lesson.full)
+    write_notebook(new_notebook(lesson, student_cells(cells)), lesson.student)
 
 
 @pytest.mark.parametrize("name", ["lesson.py", "exercises.py", "quiz.yml", "claims.py"])
@@ -188,7 +180,7 @@ def test_a_full_notebook_that_was_run_and_saved_is_reported(lesson: Lesson):
 
 def test_a_notebook_of_another_builder_is_stale(lesson: Lesson, monkeypatch: pytest.MonkeyPatch):
     fake_build(lesson)
-    monkeypatch.setattr("minilora.classroom.build.BLANK", "...  # write here")
+    monkeypatch.setattr("minilora.classroom.build.cells.BLANK", "...  # write here")
 
     assert problem_of(lesson, lesson.student) == "was made by another version of the builder"
     assert problem_of(lesson, lesson.full) is None
@@ -259,6 +251,31 @@ def test_a_rule_that_is_broken_is_named(bad: str, problem: str, lesson: Lesson):
         source_cells(lesson)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("exercises 1.", "exercises 2.", "the card says 2 minutes of exercises; those of exercises.py add up to 1"),
+        (" · exercises 1.", ".", "the card does not say how long the exercises take: write “exercises 1”"),
+        ('check("07.1", double)', 'check("07.2", double)', "exercise 07.1 is never checked"),
+        (
+            "    # BEGIN SOLUTION\n    return 2 * x\n    # END SOLUTION",
+            "    return 2 * x",
+            "exercise 07.1 leaves no blank",
+        ),
+    ],
+)
+def test_a_lesson_that_is_out_of_step_with_its_exercises_is_refused(old: str, new: str, problem: str, lesson: Lesson):
+    rewrite(lesson, old, new)
+    with pytest.raises(LessonError, match=problem):
+        source_cells(lesson)
+
+
+def test_a_dollar_in_code_is_no_formula(lesson: Lesson):
+    rewrite(lesson, "# # Seven", "# # Seven\n# `$HOME`\n#\n# ```\n# $PATH\n# ```")
+
+    assert "$PATH" in source_cells(lesson)[0].source
+
+
 def test_a_cell_that_may_raise_is_refused(lesson: Lesson):
     rewrite(lesson, "# %%\nsettle", '# %% tags=["raises-exception"]\nsettle')
     with pytest.raises(LessonError, match="use expect_bug"):
@@ -277,6 +294,7 @@ def test_an_image_from_the_web_is_refused(image: str, lesson: Lesson):
     [
         ("<details><summary>a</summary>", "opens and closes <details> unequally often"),
         ("```\n# " + "x" * 91 + "\n# ```", "a fenced block wider than 90 columns"),
+        ("So $a = b$ holds.", "has a formula between dollars"),
     ],
 )
 def test_a_rule_that_a_text_breaks_is_named(text: str, problem: str, lesson: Lesson):
@@ -333,7 +351,17 @@ def test_a_quiz_that_is_missing_or_damaged_is_named(tmp_path: Path):
         (nbformat.v4.new_output("stream", name="stdout", text="/srv/course/x.py"), "of this machine: /srv/course"),
         (nbformat.v4.new_output("stream", name="stdout", text="in /tmp/ipykernel_1/2.py"), "/tmp/ipykernel_1/2.py"),
         (nbformat.v4.new_output("execute_result", data={"text/plain": "<A at 0x7f0011223344>"}), "0x7f0011223344"),
-        (nbformat.v4.new_output("display_data", data={"image/png": "A" * 1_400_000}), "1,050,000 bytes"),
+        (
+            nbformat.v4.new_output(
+                "display_data", data={"image/png": "A" * 1_400_000}, metadata={"image/png": {"alt": "It."}}
+            ),
+            "1,050,000 bytes",
+        ),
+        (nbformat.v4.new_output("display_data", data={"image/png": "A"}), "shows a figure without a description"),
+        (
+            nbformat.v4.new_output("display_data", data={"image/png": "A"}, metadata={"image/png": {"alt": " "}}),
+            "shows a figure without a description",
+        ),
     ],
 )
 def test_an_output_that_cannot_be_published_is_named(output: nbformat.NotebookNode, problem: str):

@@ -8,7 +8,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from minilora.classroom.build import FIGURE_BYTES, find_lessons, load_quiz, output_problems, problem_of
+from minilora.classroom.build.executing import FIGURE_BYTES, output_problems
+from minilora.classroom.build.lesson import find_lessons
+from minilora.classroom.build.notebooks import problem_of
+from minilora.classroom.build.quiz import load_quiz
 
 ROOT = Path(__file__).parents[2]
 LESSONS = find_lessons(ROOT)

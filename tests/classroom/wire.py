@@ -14,7 +14,7 @@ from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import KernelManager
 
-from minilora.classroom.build import ENVIRONMENT
+from minilora.classroom.build.executing import ENVIRONMENT
 
 Message = dict[str, Any]
 
