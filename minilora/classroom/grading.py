@@ -236,8 +236,9 @@ def _is_by_value(exercise: Exercise, test: Callable) -> bool:
 
     def recorded(function: Callable, *inputs: Any, **named: Any) -> Any:
         sent = [functools.partial(recorded, each) if is_function(each) else each for each in inputs]
+        seen.append(is_plain([named, *(each for each in inputs if not is_function(each))]))
         value = function(*sent, **named)
-        seen.append(is_plain([named, value, *(each for each in inputs if not is_function(each))]))
+        seen.append(is_plain(value))
         return value
 
     try:

@@ -30,7 +30,7 @@ from minilora.classroom.submission import asked_name, submission
 from minilora.cli import main
 
 ROOT = Path(__file__).parents[2]
-LESSONS = sorted(path.parent.name for path in lessons_folder().glob("[0-9][0-9]_*/exercises.py"))
+LESSONS = sorted(path.parent.name for path in lessons_folder().glob("[0-9][0-9]_*/lesson.py"))
 EXERCISES = [exercise for lesson in LESSONS for exercise in lesson_module(lesson[:2]).EXERCISES]
 FORWARD, BACKWARD, TRAINING = lesson_module("03").EXERCISES
 SHORT = Limits(seconds=1)  # for those that never end; on a busy machine that is long on the clock
