@@ -165,7 +165,7 @@ def _is_stub(node: ast.AST) -> bool:
     """Whether a function, or every method of a class, is only a docstring, `...` or `pass`."""
     if isinstance(node, ast.ClassDef):
         methods = [each for each in node.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))]
-        return all(_is_stub(each) for each in methods)
+        return bool(methods) and all(_is_stub(each) for each in methods)
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return False
     return all(
@@ -236,8 +236,9 @@ def _is_by_value(exercise: Exercise, test: Callable) -> bool:
 
     def recorded(function: Callable, *inputs: Any, **named: Any) -> Any:
         sent = [functools.partial(recorded, each) if is_function(each) else each for each in inputs]
+        seen.append(is_plain([named, *(each for each in inputs if not is_function(each))]))
         value = function(*sent, **named)
-        seen.append(is_plain([named, value, *(each for each in inputs if not is_function(each))]))
+        seen.append(is_plain(value))
         return value
 
     try:

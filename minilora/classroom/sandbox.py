@@ -47,7 +47,7 @@ class Limits:
     clock_seconds: float = 60.0
     memory_bytes: int = 2 * 2**30  # beside what the libraries take
     file_bytes: int = 64 * 2**20
-    answer_bytes: int = 64 * 2**20
+    answer_bytes: int = 16 * 2**20
     start_seconds: float = 180.0  # for the course's own part, such as importing PyTorch on a busy machine
 
 

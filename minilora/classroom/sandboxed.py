@@ -15,6 +15,7 @@ the process can be killed. `sandbox.py` says what that leaves open.
 import base64
 import copy
 import importlib.abc
+import importlib.machinery
 import importlib.util
 import json
 import linecache
@@ -31,6 +32,7 @@ import numpy as np
 
 BLOCKED = ("minilora", "peft", "transformers", "bitsandbytes", "trl", "unsloth")
 OWN_FILE = "your notebook"
+COURSE = str(Path(__file__).resolve().parents[1]) + os.sep  # the package
 REFUSED_EVENTS = {
     "it starts a process": (
         "os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen", "pty.spawn",
@@ -170,21 +172,47 @@ def changed_leaves(before: Any, after: Any, path: tuple = ()) -> list[tuple[tupl
 
 
 class _Refusing(importlib.abc.MetaPathFinder):
-    """A finder that finds nothing of the blocked packages, and says so."""
+    """A finder for the blocked packages: the learner finds nothing, the course what it imports inside a function."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name.partition(".")[0] in BLOCKED:
-            if _asked_by_the_learner():
-                refuse(f"it imports {name}")
-            raise ModuleNotFoundError(f"{name} is not there while a submission is graded", name=name)
+    def __init__(self, kept: dict[str, types.ModuleType]) -> None:
+        self.kept = kept
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] not in BLOCKED:
+            return None
+        if _asked_by_the_learner():
+            refuse(f"it imports {name}")
+        if name.startswith("minilora") and name in self.kept:
+            return importlib.util.spec_from_loader(name, _Keeping(self.kept[name]))
+        if name.startswith("minilora."):
+            return importlib.machinery.PathFinder.find_spec(name, path)
+        raise ModuleNotFoundError(f"{name} is not there while a submission is graded", name=name)
+
+
+class _Keeping(importlib.abc.Loader):
+    """Gives a module that was loaded before the lock."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self.module = module
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        return self.module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """It has run already."""
 
 
 def _asked_by_the_learner() -> bool:
-    """Whether the nearest code outside the import system is the learner's or was made from text."""
-    frame = sys._getframe(2)
-    while frame is not None and "importlib" in frame.f_code.co_filename:
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None and (frame.f_code.co_filename == OWN_FILE or frame.f_code.co_filename.startswith("<"))
+    """Whether the learner's code is nearer than the course's among the callers of what calls this."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name == "the course" or name.startswith(COURSE):
+            return False
+        if name in (OWN_FILE, "<string>"):
+            return True
+        frame = frame.f_back
+    return True
 
 
 def limit(seconds: float, memory_bytes: int, file_bytes: int) -> None:
@@ -205,12 +233,12 @@ def limit(seconds: float, memory_bytes: int, file_bytes: int) -> None:
 
 def lock(own_folder: str, package: str, hidden_folders: list[str]) -> None:
     """Take the course out of the process and refuse what no exercise needs. There is no way back."""
-    for name in [name for name in sys.modules if name.partition(".")[0] in (*BLOCKED, "course", "instrumented")]:
-        del sys.modules[name]
+    ours = [name for name in sys.modules if name.partition(".")[0] in (*BLOCKED, "course", "instrumented")]
+    kept = {name: sys.modules.pop(name) for name in ours}
     hidden = tuple(os.path.realpath(folder) + os.sep for folder in hidden_folders)
     sys.path.remove(package)
     sys.meta_path[:] = [each for each in sys.meta_path if "editable" not in getattr(each, "__module__", "")]
-    sys.meta_path.insert(0, _Refusing())
+    sys.meta_path.insert(0, _Refusing(kept))
     sys.path_importer_cache.clear()
     readable = tuple(
         os.path.realpath(each) + os.sep for each in {own_folder, sys.prefix, sys.base_prefix, *sys.path} if each
@@ -228,13 +256,17 @@ def lock(own_folder: str, package: str, hidden_folders: list[str]) -> None:
 
     reasons = {event: f"{reason} ({event})" for reason, events in REFUSED_EVENTS.items() for event in events}
 
-    def watch(event: str, arguments: tuple) -> None:
-        if event in reasons:
-            refuse(reasons[event])
+    def problem(event: str, arguments: tuple) -> str | None:
         if event == "open" and not is_allowed(arguments[0], bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))):
-            refuse(f"it opens {str(arguments[0])[:200]}")
+            return f"it opens {str(arguments[0])[:200]}"
         if event in PATH_EVENTS and not is_allowed(arguments[0], True):
-            refuse(f"it changes {str(arguments[0])[:200]}")
+            return f"it changes {str(arguments[0])[:200]}"
+        return reasons.get(event)
+
+    def watch(event: str, arguments: tuple) -> None:
+        reason = problem(event, arguments)
+        if reason is not None and _asked_by_the_learner():
+            refuse(reason)
 
     sys.addaudithook(watch)
 

@@ -30,7 +30,7 @@ from minilora.classroom.submission import asked_name, submission
 from minilora.cli import main
 
 ROOT = Path(__file__).parents[2]
-LESSONS = sorted(path.parent.name for path in lessons_folder().glob("[0-9][0-9]_*/exercises.py"))
+LESSONS = sorted(path.parent.name for path in lessons_folder().glob("[0-9][0-9]_*/lesson.py"))
 EXERCISES = [exercise for lesson in LESSONS for exercise in lesson_module(lesson[:2]).EXERCISES]
 FORWARD, BACKWARD, TRAINING = lesson_module("03").EXERCISES
 SHORT = Limits(seconds=1)  # for those that never end; on a busy machine that is long on the clock
@@ -392,6 +392,13 @@ def test_what_does_not_answer_is_stopped_and_scores_0(hostile: str):
     assert (grade.status, grade.points) == ("stopped", 0), grade.message
 
 
+def test_an_answer_without_an_end_is_not_kept():
+    limits = dataclasses.replace(SHORT, answer_bytes=2**22)
+    grade = grade_source(body(STOPPED["writes without an end"]), FORWARD, limits=limits)
+
+    assert "it answered with more than 4,194,304 bytes" in grade.message
+
+
 def test_what_never_ends_before_it_is_called_is_stopped_too():
     endless = "def slow():\n    while True: pass\nn = slow()\ndef lora_forward(x):\n    return n"
 
@@ -473,6 +480,14 @@ def test_the_course_s_own_answer_scores_0_and_the_reason_is_told(source: str, re
 
     assert (grade.status, grade.points) == ("refused", 0), grade.message
     assert reason in grade.message
+
+
+def test_the_answer_is_refused_also_where_the_lesson_s_own_cells_import_it():
+    source = "from minilora.torch_lora import LoRALinear as Ours\nclass LoRALinear(Ours): pass"
+    grade = grade_source(source, lesson_module("04").MODULE)
+
+    assert (grade.status, grade.points) == ("refused", 0)
+    assert "it uses the course's own LoRALinear" in grade.message
 
 
 FAILED = {
