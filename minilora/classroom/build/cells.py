@@ -1,7 +1,7 @@
 """From a lesson's source to the cells of its notebooks.
 
-    lesson.py  →  source_cells  →  full_cells       without the markers of solutions
-                                →  student_cells    with a blank for each solution
+lesson.py  →  source_cells  →  full_cells       without the markers of solutions
+                            →  student_cells    with a blank for each solution
 """
 
 import copy

@@ -76,7 +76,9 @@ def output_problems(notebook: Notebook, root: Path) -> list[str]:
             figure_bytes += sum(len(value) * 3 // 4 for kind, value in data.items() if kind.startswith("image/"))
             for kind in (kind for kind in data if kind.startswith("image/")):
                 if not output.get("metadata", {}).get(kind, {}).get("alt", "").strip():
-                    problems.append(f"cell {number} shows a figure without a description: show(figure, alt=…, finding=…)")
+                    problems.append(
+                        f"cell {number} shows a figure without a description: show(figure, alt=…, finding=…)"
+                    )
             text = str(output.get("text", "")) + "".join(
                 str(value) for kind, value in data.items() if not kind.startswith("image/")
             )

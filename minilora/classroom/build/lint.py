@@ -1,4 +1,4 @@
-"""The rules of a lesson's source, each with the sentence that is said where it is broken (lessons/README.md has them)."""
+"""The rules of a lesson's source, each with what is said where it is broken (lessons/README.md has them)."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ def lint(lesson: Lesson, cells: list[Notebook]) -> list[str]:
     problems = [problem for number, cell in enumerate(cells, start=1) for problem in _lint_cell(number, cell)]
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     problems += _lint_bets(code)
-    exercises = stated_exercises(lesson)
+    exercises = stated(lesson, "minutes")
     problems += _lint_blanks(list(exercises), code)
     return problems + _lint_minutes(sum(exercises.values()), "\n".join(cell.source for cell in cells[:2]))
 
@@ -61,26 +61,34 @@ def _without_code(text: str) -> str:
     return re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
 
 
-def stated_exercises(lesson: Lesson) -> dict[str, int]:
-    """The minutes of each exercise by id, in order, as exercises.py states them; it is read and not run."""
+def stated(lesson: Lesson, fact: str) -> dict[str, int]:
+    """The minutes or the points of each exercise by id, in order, as exercises.py states them: it is not run."""
     path = lesson.folder / "exercises.py"
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.exists() else ast.Module([], [])
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Exercise"]
-    facts = [{word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg in ("id", "minutes")} for call in calls]
-    return {fact["id"]: fact["minutes"] for fact in sorted(facts, key=lambda fact: fact["id"])}
+    words = [{word.arg: word.value for word in call.keywords} for call in calls]
+    return dict(sorted((ast.literal_eval(each["id"]), ast.literal_eval(each[fact])) for each in words))
 
 
 def _lint_blanks(ids: list[str], sources: list[str]) -> list[str]:
     """Every exercise is checked in the lesson, and what is checked was written there with a blank for the learner."""
     problems = []
     for exercise_id in ids:
-        at = [(n, found[1]) for n, text in enumerate(sources) for found in re.finditer(rf'\bcheck\("{exercise_id}", (\w+)\)', text)]
+        at = [
+            (n, found[1])
+            for n, text in enumerate(sources)
+            for found in re.finditer(rf'\bcheck\("{exercise_id}", (\w+)\)', text)
+        ]
         if not at:
             problems.append(f'exercise {exercise_id} is never checked: write check("{exercise_id}", …)')
         for n, name in at[:1]:
-            written = [text for text in sources[: n + 1] if re.search(rf"^(def|class) {name}\b", text, flags=re.MULTILINE)]
+            written = [
+                text for text in sources[: n + 1] if re.search(rf"^(def|class) {name}\b", text, flags=re.MULTILINE)
+            ]
             if not written or BEGIN not in written[-1]:
-                problems.append(f"exercise {exercise_id} leaves no blank: {name} has no {BEGIN} in a cell before its check")
+                problems.append(
+                    f"exercise {exercise_id} leaves no blank: {name} has no {BEGIN} in a cell before its check"
+                )
     return problems
 
 
@@ -88,7 +96,9 @@ def _lint_minutes(minutes: int, card: str) -> list[str]:
     """The card's minutes are the sum of the exercises' minutes."""
     said = re.search(r"exercises (\d+)", card)
     if said is None:
-        return [f"the card does not say how long the exercises take: write “exercises {minutes}” in its line on minutes"]
+        return [
+            f"the card does not say how long the exercises take: write “exercises {minutes}” in its line on minutes"
+        ]
     if int(said[1]) == minutes:
         return []
     return [f"the card says {said[1]} minutes of exercises; those of exercises.py add up to {minutes}"]

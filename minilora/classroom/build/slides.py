@@ -61,7 +61,7 @@ def figures(cell: Notebook) -> Iterator[Notebook]:
 
 
 def pieces(text: str) -> list[str]:
-    """A text in pieces that fit on a slide, each under the text's heading; a paragraph or a list's point stays whole."""
+    """A text in pieces that fit on a slide, each under its heading; a paragraph or a list's point stays whole."""
     heading, _, body = text.partition("\n") if text.startswith("#") else ("", "", text)
     made, piece = [], ""
     for block in re.split(r"\n\n(?![ \t])|\n(?=\* )", _unfenced_blanks(body.strip())):
