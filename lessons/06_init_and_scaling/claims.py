@@ -21,13 +21,19 @@ def rate_is_kept() -> Finding:
     found = {"SGD": spread(False, "sgd"), "Adam": spread(False, "adam")}
     told = ", ".join(f"{times:.0f}-fold with {name}" for name, times in found.items())
     cases = {f"the optimizer is {name}": times <= 4 for name, times in found.items()}
-    return Finding(cases=cases, found=f"from r = 1 to 64 the best rate after {STEPS} steps moves {told}; up to 4-fold counts as kept")
+    return Finding(
+        cases=cases,
+        found=f"from r = 1 to 64 the best rate after {STEPS} steps moves {told}; up to 4-fold counts as kept",
+    )
 
 
 def rank_is_less_sensitive() -> Finding:
     """The best rate at every rank, with either scaling."""
     both = {name: (spread(False, name), spread(True, name)) for name in NAMES}
-    told = ", ".join(f"{NAMES[name]}: {plain:.0f}-fold with alpha / r, {root:.0f}-fold with alpha / √r" for name, (plain, root) in both.items())
+    told = ", ".join(
+        f"{NAMES[name]}: {plain:.0f}-fold with alpha / r, {root:.0f}-fold with alpha / √r"
+        for name, (plain, root) in both.items()
+    )
     cases = {f"the optimizer is {NAMES[name]}": root < plain for name, (plain, root) in both.items()}
     return Finding(cases=cases, found=f"the best rate after {STEPS} steps moves, from r = 1 to 64; {told}")
 

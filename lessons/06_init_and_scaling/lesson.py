@@ -144,9 +144,12 @@ picture.strip(optimizer=["sgd", "adam"])
 # moves, and the first update is s times B's step times A.
 #
 # ```
-# SGD     B = −lr · s · G Aᵀ            ΔW = −lr · s² · G AᵀA          two s: one from the gradient, one from s · B A
-# Adam    B = −lr · sign(G Aᵀ)          ΔW = −lr · s · sign(G Aᵀ) A    Adam divides the gradient by its own size
+# SGD     B = −lr · s · G Aᵀ          ΔW = s · B A = −lr · s² · G AᵀA
+# Adam    B = −lr · sign(G Aᵀ)        ΔW = s · B A = −lr · s · sign(G Aᵀ) A
 # ```
+#
+# With SGD there are two s, one from the gradient and one from s · B A. Adam divides the gradient by its own size, which
+# takes the first away.
 #
 # That is the answer to "what is alpha?": **alpha is a volume, s = alpha / r, in front of the update.** To the first step
 # of Adam it is a factor of the learning rate. To SGD it is one squared. To the forward pass it is neither: change alpha
@@ -174,12 +177,15 @@ picture.strip(optimizer=["sgd", "adam"])
 # A = [1 0 1]      G = dyᵀ x = [1 2 3]      G Aᵀ = [4]
 #                              [2 4 6]             [8]
 #
-# alpha = 2, s = 2     SGD   B = −0.1 · 2 · [4 8]ᵀ = [-0.8 -1.6]ᵀ   ΔW = 2 B A = [-1.6 0 -1.6]
-#                                                                              [-3.2 0 -3.2]
-#                      Adam  B = −0.1 · [1 1]ᵀ                      ΔW = [-0.2 0 -0.2], twice
-# alpha = 4, s = 4     SGD   B = [-1.6 -3.2]ᵀ                       ΔW = 4 B A = [-6.4 0 -6.4]   4 times
-#                                                                              [-12.8 0 -12.8]
-#                      Adam  B = −0.1 · [1 1]ᵀ                      ΔW = [-0.4 0 -0.4], twice    2 times
+# alpha = 2, s = 2
+#     SGD    B = −0.1 · 2 · [4 8]ᵀ = [-0.8 -1.6]ᵀ     ΔW = 2 B A = [-1.6 0 -1.6]
+#                                                                  [-3.2 0 -3.2]
+#     Adam   B = −0.1 · [1 1]ᵀ                        ΔW = 2 B A = [-0.2 0 -0.2], both rows
+#
+# alpha = 4, s = 4
+#     SGD    B = −0.1 · 4 · [4 8]ᵀ = [-1.6 -3.2]ᵀ     ΔW = 4 B A = [ -6.4 0  -6.4]   4 times
+#                                                                  [-12.8 0 -12.8]
+#     Adam   B = −0.1 · [1 1]ᵀ                        ΔW = 4 B A = [-0.4 0 -0.4]     2 times
 # ```
 
 # %%
@@ -348,7 +354,9 @@ assert spreads["adam", True] <= spreads["adam", False] <= 8
 
 # %%
 panels = race.races()
-took = {title: {ratio: race.steps_to_goal(curve) for ratio, curve in curves.items()} for title, curves in panels.items()}
+took = {
+    title: {ratio: race.steps_to_goal(curve) for ratio, curve in curves.items()} for title, curves in panels.items()
+}
 same_rate, best = took.values()
 show(
     race.two_rates(panels),
