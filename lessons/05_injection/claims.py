@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 
-from minilora.classroom.claims import Claim, Finding
+from minilora.classroom.claims import (
+    EXPLAINER,
+    FAMILY,
+    MATHEMATICS,
+    REVOLUTION,
+    STICKY_NOTE,
+    Claim,
+    Finding,
+    Unsettled,
+)
 from minilora.llm.architectures import ARCHITECTURES
 from minilora.llm.sizes import base_params, lora_params
 from minilora.torch_lora.inject import ALL_LINEAR
 from minilora.torch_lora.targets import DEFAULT_TARGETS
-
-REVOLUTION = "LoRA and the Efficiency Revolution"
-FAMILY = "an article on parameter-efficient fine-tuning with LoRA, QLoRA and adapters"  # the copy at hand has no title
-EXPLAINER = "LoRA — Low-Rank Adaptation"
-STICKY_NOTE = "LoRA: Low-rank adapters — fine-tune 0.1% of the parameters"
-MATHEMATICS = "LoRA Mathematics and Implementation"
 
 QV, QKVO = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
 LLAMA = (*QKVO, "gate_proj", "up_proj", "down_proj")
@@ -173,6 +176,30 @@ def substrings() -> Finding:
     )
 
 
+def gpt3_share() -> Finding:
+    """r = 4 on q and v, the paper's."""
+    gpt3 = ARCHITECTURES["gpt-3-175b"]
+    n = lora_params(gpt3, 4, ["q_proj", "v_proj"])
+    share = n / base_params(gpt3)
+    return Finding(
+        cases=round(100 * share, 2) == 0.01,
+        found=f"r = 4 on q and v: 96 layers · 2 · 4 · (12,288 + 12,288) = {n:,} of {base_params(gpt3):,}, {share:.4%}",
+    )
+
+
+def gpt2_classifier() -> Finding:
+    """r = 16 beside every linear layer, q, k and v apart, and a head of two classes that has an adapter as well."""
+    gpt2 = ARCHITECTURES["gpt2"]
+    per_layer = 16 * (4 * (768 + 768) + 2 * (768 + 3072))
+    n = gpt2.n_layers * per_layer + 16 * (768 + 2)
+    times = base_params(gpt2) / n
+    return Finding(
+        cases=(round(base_params(gpt2) / 1e6), round(n / 1e6, 1), round(times, -1)) == (124, 2.7, 50),
+        found=f"12 · 16 · (4 · 1,536 + 2 · 3,840) + 16 · (768 + 2) = {n:,} of {base_params(gpt2):,}: {times:.0f} times "
+        "fewer",
+    )
+
+
 CLAIMS = [
     Claim(
         id="05.rank-table",
@@ -258,5 +285,28 @@ CLAIMS = [
         source=f"{MATHEMATICS}, its code",
         settle=substrings,
         verdict="holds when",
+    ),
+    Claim(
+        id="05.gpt-3-share",
+        fact="On GPT-3 175B, LoRA trains 0.01 % of the parameters.",
+        source=f"{MATHEMATICS}, “Historical Context”",
+        settle=gpt3_share,
+        verdict="holds",
+    ),
+    Claim(
+        id="05.gpt-2-classifier",
+        fact="At rank 16 GPT-2 124M trains 2.7M parameters, about 50 times fewer.",
+        source=f"{REVOLUTION}, “Rank Selection”",
+        settle=gpt2_classifier,
+        verdict="holds",
+    ),
+]
+UNSETTLED = [
+    Unsettled(
+        id="05.facts-and-style",
+        fact="For facts, adapt the feed-forward layers; for style and instructions attention is enough.",
+        source=f"{MATHEMATICS}, “Common Mistakes”",
+        needs="two tasks, one of new facts and one of style, each with adapters on either set of layers at equal "
+        "parameters, several seeds",
     ),
 ]

@@ -273,9 +273,11 @@ GROUPS = Exercise(
         Bug(
             name="A slower instead of B faster",
             function=_sorted_by(
-                lambda found, name, p, c: [(rate / c["ratio"], decay) for rate, decay in found]
-                if found and not name.startswith("embed.")
-                else found
+                lambda found, name, p, c: (
+                    [(rate / c["ratio"], decay) for rate, decay in found]
+                    if found and not name.startswith("embed.")
+                    else found
+                )
             ),
             why="lr is A's rate: B's is lr · ratio. You gave lr to B and lr / ratio to A.",
         ),
@@ -483,7 +485,9 @@ SAME = Exercise(
         ),
         Bug(
             name="counted by groups",
-            function=lambda settings: [sorted(set(same_first_step(settings))).index(i) for i in same_first_step(settings)],
+            function=lambda settings: [
+                sorted(set(same_first_step(settings))).index(i) for i in same_first_step(settings)
+            ],
             why="You numbered the groups 0, 1, 2; asked for is the index of the first setting of the group.",
         ),
     ),

@@ -160,7 +160,9 @@ def _lines(axes: Axes, values: dict[bool, list[float]]) -> None:
     for use_rslora, (name, colour, marker) in LOOK.items():
         axes.loglog(RANKS, values[use_rslora], color=colour, marker=marker, label=name, clip_on=False)
         gone = [r for r, value in zip(RANKS, values[use_rslora], strict=True) if np.isnan(value)]
-        axes.plot(gone, [2.6] * len(gone), color=colour, marker="+" if use_rslora else "x", markersize=9, linestyle="none")
+        axes.plot(
+            gone, [2.6] * len(gone), color=colour, marker="+" if use_rslora else "x", markersize=9, linestyle="none"
+        )
         if gone:
             axes.text(0.98, 0.04, "+ and ×: ran away", transform=axes.transAxes, ha="right")
     axes.set_xticks(RANKS, [str(r) for r in RANKS])
