@@ -9,7 +9,12 @@ READY := $(VENV)/.installed
 # One thread a process where several run: two test processes with two threads each fight for two cores.
 NOTEBOOK_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0 MINILORA_STRICT=1
 
-.PHONY: help lab test test-all demo bench build lint unit notebooks long base lock clean
+# nbgrader and otter are installed for the masters; a learner's JupyterLab shows nothing of them.
+GRADERS_IN_LAB := @jupyter/nbgrader @jupyter-notebook/lab-extension ipylab
+GRADERS_ON_THE_SERVER := notebook $(addprefix nbgrader.server_extensions., \
+	formgrader validate_assignment assignment_list course_list)
+
+.PHONY: help lab test test-all demo bench build slides masters lint unit notebooks long base lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +23,8 @@ help:
 	@echo "make demo      fine-tune the model for a few minutes and read the report: runs/demo/report.html"
 	@echo "make bench     ours beside its peers, measured in one run"
 	@echo "make build     notebooks from lessons/ (those whose sources changed), and CLAIMS.md"
+	@echo "make slides    build/slides and build/pages: each lesson to show and to print, in one file without a network"
+	@echo "make masters   build/nbgrader and build/otter: each lesson for graders, with its answers"
 	@echo "make lint      ruff and mypy"
 	@echo "make test-all  make test, and the long checks"
 	@echo "make lock      constraints.txt from what is installed in .venv"
@@ -49,6 +56,12 @@ bench: base
 build: base
 	@$(NOTEBOOK_ENV) $(PY) -m minilora.classroom.build
 	@$(NOTEBOOK_ENV) $(PY) -m minilora.classroom.ledger
+
+slides: build
+	@$(PY) -m minilora.classroom.build --pages
+
+masters: $(READY)
+	@$(PY) -m minilora.classroom.build --masters $(if $(SECRET_FILE),--secret-file $(SECRET_FILE))
 
 lint: $(READY)
 	@echo "lint: ruff format, ruff check, mypy"
@@ -87,5 +100,7 @@ $(READY): pyproject.toml constraints.txt
 		+ sys.version.split()[0] + ": make PYTHON=python3.12 ... names another")'
 	@echo "making $(VENV): Python, PyTorch, JupyterLab and the libraries the tests compare with (a few minutes, once)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[course,dev]"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[course,dev,grading]"
+	@$(VENV)/bin/jupyter labextension disable --level=sys_prefix $(GRADERS_IN_LAB) >/dev/null 2>&1
+	@for each in $(GRADERS_ON_THE_SERVER); do $(VENV)/bin/jupyter server extension disable --sys-prefix $$each >/dev/null 2>&1; done
 	@touch $@

@@ -49,5 +49,5 @@ def test_the_conda_environment_installs_the_same_pins_and_a_python_that_the_proj
 
     assert Version(python.removeprefix("python=")) in required.specifier
     assert pip == "pip"
-    assert of_pip["pip"] == ["--constraint constraints.txt", "--editable .[course,dev]"]
-    assert set(PROJECT["optional-dependencies"]) == {"course", "dev"}
+    assert of_pip["pip"] == ["--constraint constraints.txt", "--editable .[course,dev,grading]"]
+    assert set(PROJECT["optional-dependencies"]) == {"course", "dev", "grading"}

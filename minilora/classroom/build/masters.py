@@ -21,7 +21,7 @@ from minilora.classroom.build.lint import BEGIN, stated
 from minilora.classroom.build.notebooks import new_notebook, was_edited, write_notebook
 from minilora.files import write_whole
 
-NBGRADER_CONFIG = f'''"""nbgrader's settings: grades come from the notebook's file; no kernel runs what was handed in."""
+NBGRADER_CONFIG = f'''"""nbgrader's settings: grades come from the notebook's file, not from a kernel."""
 
 from nbconvert.preprocessors import ClearMetadataPreprocessor
 from nbgrader.preprocessors import AssignLatePenalties, CheckCellMetadata, IgnorePattern, LimitOutput, SaveAutoGrades
