@@ -217,7 +217,8 @@ def listing(hits: Any) -> str:
 
 
 def names_what_it_missed(function: Callable, case: Case) -> str | None:
-    """The error over a misspelt target has the target in it."""
+    """The error over a misspelt target has the target in it; a right one is no error."""
+    function(case["llama"], ["q_proj"])
     try:
         function(case["llama"], ["q_proj", "v_porj"])
     except ValueError as error:
@@ -449,19 +450,18 @@ def leaves(names: Iterable[str]) -> str:
 def changes_nothing_at_first(function: Callable, case: Case) -> str | None:
     """With new adapters in it, a model says what it said, bit for bit."""
     tokens = torch.arange(15).reshape(3, 5)
-    for name in ("llama", "gpt2"):
-        model = case[name].eval()
-        before = model(tokens)
-        function(model, [ALL_LINEAR], adapter)
-        if not torch.equal(model(tokens), before):
-            return f"the output of {name} is another one"
+    model = case["gpt2"]  # its forward pass imports nothing, so it runs where a submission is graded
+    before = model(tokens)
+    function(model, [ALL_LINEAR], adapter)
+    if not torch.equal(model(tokens), before):
+        return "the output is another one"
     return None
 
 
 def every_adapter_learns(function: Callable, case: Case) -> str | None:
     """The forward pass goes through every adapter: each B gets a gradient."""
-    model = case["llama"]
-    function(model, ["q_proj", "down_proj"], adapter)
+    model = case["gpt2"]
+    function(model, ["c_attn", "c_fc"], adapter)
     model(torch.arange(15).reshape(3, 5)).square().sum().backward()
     layers: dict[str, Any] = dict(adapter_layers(model))
     without = [name for name, layer in layers.items() if layer.B.grad is None]
