@@ -362,8 +362,8 @@ show(
     race.two_rates(panels),
     alt="Two panels of loss against steps of Adam on a log scale, four lines for ratios 1, 4, 16 and 64. Left, with "
     f"the same rate for A: ratio 1 is last, at a tenth of the loss after {same_rate[1]:.0f} steps, ratio 16 first, "
-    f"after {same_rate[16]:.0f}. Right, each at its best rate: ratio 1 after {best[1]:.0f} steps, 4 after {best[4]:.0f}, "
-    f"16 after {best[16]:.0f}, 64 after {best[64]:.0f}.",
+    f"after {same_rate[16]:.0f}. Right, each at its best rate: ratio 1 after {best[1]:.0f} steps, "
+    f"4 after {best[4]:.0f}, 16 after {best[16]:.0f}, 64 after {best[64]:.0f}.",
     finding=f"At one rate for A ratio 16 beats ratio 1, {same_rate[16]:.0f} steps to {same_rate[1]:.0f}; each at its "
     f"best rate it is {best[16]:.0f} to {best[1]:.0f}.",
 )
