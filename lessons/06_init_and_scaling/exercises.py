@@ -237,7 +237,7 @@ def _is_plain(name: str, letter: str) -> bool:
 GROUPS = Exercise(
     id="06.2",
     title="Groups for LoRA+",
-    asks="groups(model, *, lr, ratio, embedding_lr, weight_decay) returns a list of dicts with params, lr, weight_decay",
+    asks="groups(model, *, lr, ratio, embedding_lr, weight_decay) returns dicts with params, lr and weight_decay",
     points=3,
     minutes=15,
     difficulty=2,
@@ -308,7 +308,7 @@ GROUPS = Exercise(
         Bug(
             name="in two groups",
             function=_sorted_by(
-                lambda found, name, p, c: found + [(c["lr"], c["weight_decay"])] if found and p.ndim == 1 else found
+                lambda found, name, p, c: [*found, (c["lr"], c["weight_decay"])] if found and p.ndim == 1 else found
             ),
             why="The vectors are in two groups; torch refuses that. Decide once for each parameter.",
         ),
@@ -346,7 +346,7 @@ GROUPS = Exercise(
     ),
 )
 
-# ----------------------------------------------------------------------------------------------- 06.3 the same first step
+# --------------------------------------------------------------------------------------------- 06.3 the same first step
 
 Setting = tuple[str, float, float, int, str]  # optimizer "sgd" or "adam", lr, alpha, r, kind
 
@@ -359,7 +359,8 @@ def same_first_step(settings: Sequence[Setting]) -> list[int]:
     >>> same_first_step([("sgd", 0.1, 8.0, 4, "lora"), ("sgd", 0.4, 4.0, 4, "lora"), ("sgd", 0.2, 4.0, 4, "lora")])
     [0, 0, 2]
     """
-    return _first_alike([(opt, r, lr * scaling(r, alpha, kind) ** _power(opt)) for opt, lr, alpha, r, kind in settings])
+    keys = [(opt, r, lr * scaling(r, alpha, kind) ** _power(opt)) for opt, lr, alpha, r, kind in settings]
+    return _first_alike(keys)
 
 
 def _power(optimizer: str) -> int:
@@ -370,7 +371,9 @@ def _first_alike(keys: Sequence[tuple]) -> list[int]:
     """For each key the index of the first that agrees: its numbers to 10⁻⁶, its words exactly."""
 
     def alike(one: tuple, other: tuple) -> bool:
-        return all(a == b if isinstance(a, str) else math.isclose(a, b, rel_tol=1e-6) for a, b in zip(one, other))
+        return all(
+            a == b if isinstance(a, str) else math.isclose(a, b, rel_tol=1e-6) for a, b in zip(one, other, strict=True)
+        )
 
     return [next(j for j, other in enumerate(keys) if alike(key, other)) for key in keys]
 
@@ -401,7 +404,7 @@ def by_running(settings: Sequence[Setting]) -> list[int]:
 
 
 def six_settings(rng: np.random.Generator) -> Case:
-    """Six settings of one rank in a random order: three are one and the same, two others too. It begins with two alike."""
+    """Six settings of one rank in a random order: three are alike, and so are two others. The first two are."""
     r, times = int(rng.choice([3, 5, 6, 7])), float(rng.choice([2, 3]))
     lr, alpha = float(rng.uniform(0.01, 0.02)), float(rng.uniform(8, 16))
     settings: list[Setting] = [
@@ -431,7 +434,7 @@ def _keyed(key: Callable[..., tuple]) -> Callable:
 SAME = Exercise(
     id="06.3",
     title="The same first step",
-    asks="same_first_step(settings) returns for each (optimizer, lr, alpha, r, kind) the index of the first one like it",
+    asks="same_first_step(settings) gives for each (optimizer, lr, alpha, r, kind) the index of the first one like it",
     points=3,
     minutes=15,
     difficulty=3,

@@ -56,9 +56,9 @@ lesson = lesson_module("06")
 # %% [markdown] tags=["slide"]
 # ## 2 · The problem
 #
-# "What is LoRA alpha?" is asked in the issue trackers of half the libraries that have it. The usual answer is "a
-# learning rate for the adapter, set it to 2 r". It is half right, and the other half costs people a day: they raise r,
-# keep alpha, and the larger adapter learns *less*. Then they look for the bug in the data.
+# "What is LoRA alpha?" is asked again and again in issue trackers (bitsandbytes #762, unsloth #1304, mlx-examples
+# #982). The usual answer is "a learning rate for the adapter, set it to 2 r". It is half right. The other half is why
+# people raise r, keep alpha, and see the larger adapter learn *less*. Then they look for the bug in the data.
 #
 # The number that hurts: with SGD and alpha kept at 8, the first step of r = 64 is worth
 
@@ -81,8 +81,8 @@ predict(
 predict("06.adam", "The same with Adam: how many times as long?", bet=None)
 predict(
     "06.race",
-    "LoRA+ with ratio 16 against LoRA, each with the best rate it can have, on a small problem. LoRA's steps to a tenth "
-    "of the loss, divided by LoRA+'s: above 1 means that LoRA+ wins.",
+    "LoRA+ with ratio 16 against LoRA, each with the best rate it can have, on a small problem. LoRA's steps to a "
+    "tenth of the loss, divided by LoRA+'s: above 1 means that LoRA+ wins.",
     bet=None,
 )
 
@@ -151,9 +151,9 @@ picture.strip(optimizer=["sgd", "adam"])
 # With SGD there are two s, one from the gradient and one from s · B A. Adam divides the gradient by its own size, which
 # takes the first away.
 #
-# That is the answer to "what is alpha?": **alpha is a volume, s = alpha / r, in front of the update.** To the first step
-# of Adam it is a factor of the learning rate. To SGD it is one squared. To the forward pass it is neither: change alpha
-# of a trained adapter, and its output changes at once.
+# That is the answer to "what is alpha?": **alpha is a volume, s = alpha / r, in front of the update.** To the first
+# step of Adam it is a factor of the learning rate. To SGD it is one squared. To the forward pass it is neither: change
+# alpha of a trained adapter, and its output changes at once.
 #
 # **How it grows with r.** A row of A has entries from U(±1/√in), variance 1/(3 in). For an input direction v of length
 # 1, an entry of A v has variance 1/(3 in), and there are r of them.
@@ -201,8 +201,8 @@ for (name, alpha), column in by_hand.items():
     print(f"{name:<5} alpha = {alpha}: first column of ΔW", [round(value, 4) for value in update[:, 0].tolist()])
 
 # %% [markdown]
-# **Two rates.** B begins at 0 and A does not. [LoRAPlus] (arXiv 2402.12354) argues from layers of growing width that one
-# rate cannot suit both, and gives B a multiple of A's: `lr_B = ratio · lr_A`, with ratio 16. Nothing in the layer
+# **Two rates.** B begins at 0 and A does not. [LoRAPlus] (arXiv 2402.12354) argues from layers of growing width that
+# one rate cannot suit both, and gives B a multiple of A's: `lr_B = ratio · lr_A`, with ratio 16. Nothing in the layer
 # changes; it is a matter of the optimizer's groups (06.2).
 #
 # **Other beginnings, in brief.** [PiSSA] and [OLoRA] begin A and B not at random and zero, but in directions of W
@@ -360,10 +360,10 @@ took = {
 same_rate, best = took.values()
 show(
     race.two_rates(panels),
-    alt="Two panels of loss against steps of Adam on a log scale, four lines for ratios 1, 4, 16 and 64. Left, with the "
-    f"same rate for A: ratio 1 is last, at a tenth of the loss after {same_rate[1]:.0f} steps, ratio 16 first, after "
-    f"{same_rate[16]:.0f}. Right, each at its best rate: ratio 1 after {best[1]:.0f} steps, 4 after {best[4]:.0f}, 16 "
-    f"after {best[16]:.0f}, 64 after {best[64]:.0f}.",
+    alt="Two panels of loss against steps of Adam on a log scale, four lines for ratios 1, 4, 16 and 64. Left, with "
+    f"the same rate for A: ratio 1 is last, at a tenth of the loss after {same_rate[1]:.0f} steps, ratio 16 first, "
+    f"after {same_rate[16]:.0f}. Right, each at its best rate: ratio 1 after {best[1]:.0f} steps, "
+    f"4 after {best[4]:.0f}, 16 after {best[16]:.0f}, 64 after {best[64]:.0f}.",
     finding=f"At one rate for A ratio 16 beats ratio 1, {same_rate[16]:.0f} steps to {same_rate[1]:.0f}; each at its "
     f"best rate it is {best[16]:.0f} to {best[1]:.0f}.",
 )
@@ -371,10 +371,11 @@ assert same_rate[16] < same_rate[1] and best[16] > best[1]
 settle("06.race", best[1] / best[16])
 
 # %% [markdown]
-# The left panel is how the gain of LoRA+ is often shown, and it shows that a larger rate for B helps *where the rate was
-# too small*. On the right LoRA alone could have had the larger rate, and here it needs no ratio. This is a small problem
-# and a narrow layer, while the argument of [LoRAPlus] is about wide ones, so it does not refute the paper. It teaches
-# how to compare: each side at its own best rate. The repository's `benchmarks/methods.py` does so on a real model.
+# The left panel is how the gain of LoRA+ is often shown, and it shows that a larger rate for B helps *where the rate
+# was too small*. On the right LoRA alone may have the larger rate too, and here it needs no ratio: 4 is level with 1,
+# 16 and 64 are later. This is a small problem and a narrow layer, while the argument of [LoRAPlus] is about wide ones,
+# so it does not refute the paper. It teaches how to compare: each side at its own best rate. The repository's
+# `benchmarks/methods.py` does so on a real model.
 
 # %% [markdown] tags=["slide"]
 # ## 8 · Break it
@@ -400,9 +401,8 @@ healthy = losses()
 curves = {patient: losses(*bug) for patient, bug in lesson.PATIENTS.items()}
 show(
     symptoms(healthy, curves, every=1),
-    alt="Four panels of loss against steps on a log scale, each over the healthy run in grey. Patient 1 is jagged and far "
-    "from it or slower at first. Patient 2 falls later than the healthy run. Patient 3 takes another path. Patient 4 "
-    "lies exactly on the healthy run.",
+    alt="Four panels of loss against steps on a log scale, each over the healthy run in grey. Patient 1 falls more "
+    "slowly than the healthy run, patient 2 more slowly still. Patient 3 is nearly on it, and patient 4 exactly.",
     finding=f"Loss after 40 steps, healthy {healthy[40]:.2g}; patients "
     + ", ".join(f"{patient}: {curve[40]:.2g}" for patient, curve in curves.items()),
 )
@@ -411,7 +411,7 @@ assert curves["4"] == healthy and all(curves[patient] != healthy for patient in 
 # %% [markdown]
 # <details><summary><b>Patient 1</b>, whose volume is wrong</summary>
 #
-# `r / alpha`, here √64 / 16 = ½ where 16 / √64 = 2 was meant. It hides where r = alpha in LoRA. The sign of it: raising
+# `√r / alpha`, here √64 / 16 = ½ where 16 / √64 = 2 was meant. It hides where the scaling is 1. The sign of it: raising
 # alpha makes the training *slower*.
 # </details>
 #
@@ -422,9 +422,11 @@ assert curves["4"] == healthy and all(curves[patient] != healthy for patient in 
 # rsLoRA, so an export must write alpha · √r.
 # </details>
 #
-# <details><summary><b>Patient 3</b>, who walks with the wrong leg</summary>
+# <details><summary><b>Patient 3</b>, who has it the wrong way round</summary>
 #
-# A got B's rate. While B is near zero A moves where nobody listens, and its random directions are walked over.
+# A got B's rate, and B A's. The curve is close to the healthy one: in this problem the two rates matter little, as the
+# race showed. A loss curve does not tell whether LoRA+ is switched on, or which way round. The groups do: print the
+# shapes of what is in each.
 # </details>
 #
 # <details><summary><b>Patient 4</b>, who looks healthy</summary>
@@ -552,8 +554,8 @@ if has_peft:
 #
 # <details><summary>You raise r from 8 to 64 and the model learns less. Why?</summary>
 #
-# With alpha kept, s = alpha / r fell 8-fold. Under SGD the first step goes as s² r and is 8 times shorter. Under Adam it
-# is as long as before, so look elsewhere too. *A weak answer* blames overfitting.
+# With alpha kept, s = alpha / r fell 8-fold. Under SGD the first step goes as s² r and is 8 times shorter. Under Adam
+# it is as long as before, so look elsewhere too. *A weak answer* blames overfitting.
 # </details>
 #
 # <details><summary>Can one turn a rsLoRA adapter into a LoRA one?</summary>
@@ -563,8 +565,8 @@ if has_peft:
 #
 # <details><summary>Would you use LoRA+?</summary>
 #
-# It costs nothing but a choice, the ratio. I would try it against LoRA at LoRA's own best rate. *A weak answer* quotes a
-# speed-up without that condition.
+# It costs nothing but a choice, the ratio. I would try it against LoRA at LoRA's own best rate. *A weak answer* quotes
+# a speed-up without that condition.
 # </details>
 
 # %% [markdown]

@@ -19,7 +19,7 @@ def lora_plus_scale() -> Finding:
         found, runs = f"TypeError: {error}", False
     return Finding(
         cases=runs,
-        found=f"PEFT {peft.__version__}: {found}; LoRA+ is peft.optimizers.create_loraplus_optimizer(loraplus_lr_ratio=16)",
+        found=f"PEFT {peft.__version__}: {found}; LoRA+ is its create_loraplus_optimizer(loraplus_lr_ratio=16)",
     )
 
 
