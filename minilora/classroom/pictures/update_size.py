@@ -82,7 +82,7 @@ def train(begin: Start, s: float, *, lr_A: float, lr_B: float, steps: int, optim
 
 
 def adam_direction(g: ndarray, m: ndarray, v: ndarray, step: int) -> ndarray:
-    """What Adam makes of a gradient; its two averages change in place.                    [Adam] algorithm 1
+    """What Adam makes of a gradient; its two averages change in place. (Kingma and Ba 2015, algorithm 1)
 
     At the first step it is g / (|g| + 10⁻⁸): the sign of g.
     """
