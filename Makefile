@@ -80,7 +80,7 @@ notebooks: base
 
 long: base
 	@echo "long checks"
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m long --ignore tests/methods/test_mutants.py $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m long --ignore tests/methods/test_mutants.py $(PYTEST_ARGS)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m long tests/methods/test_mutants.py
 
 base: $(READY)
