@@ -20,7 +20,7 @@ from minilora import __version__
 
 OK, OPTIONAL, NEEDED = "ok", "–", "!"  # is there; is not there and need not be; is not there and must be
 CORE = ("numpy", "torch", "numba", "safetensors", "tokenizers", "gguf", "jinja2", "tqdm", "jaxtyping")
-COURSE = ("matplotlib", "ipywidgets", "jupyterlab", "jupytext", "nbclient", "nbformat", "nbval", "pyyaml")
+COURSE = ("matplotlib", "ipywidgets", "jupyterlab", "jupytext", "nbclient", "nbconvert", "nbformat", "nbval", "pyyaml")
 PEERS = ("transformers", "accelerate", "peft", "bitsandbytes")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "beartype", "ruff", "mypy", "selenium", "pillow")
 CPU_FEATURES = {
