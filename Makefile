@@ -31,7 +31,7 @@ help:
 	@echo "make clean     removes .venv and what tools left behind (not the base model)"
 
 lab: base
-	@echo "JupyterLab opens on notebooks/: begin with student/01_the_bill.ipynb (solved: 01_the_bill.ipynb)"
+	@echo "JupyterLab opens on notebooks/: begin with student/00_start_here.ipynb (solved: 00_start_here.ipynb)"
 	@cd notebooks && ../$(VENV)/bin/jupyter lab $(LAB_ARGS)
 
 test: lint unit notebooks
