@@ -11,7 +11,10 @@ import nbformat
 import pytest
 from wire import Message, Wire, kernel
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+STILL = ["00_start_here"]  # its figures have no controls
+NOTEBOOKS = [
+    path for path in sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb")) if path.stem not in STILL
+]
 
 
 def ends(state: dict[str, Any]) -> list[dict[str, Any]]:
