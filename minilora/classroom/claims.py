@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from minilora.classroom.evidence import judge, print_claim
+from minilora.classroom.evidence import VERDICTS, judge, print_claim
 from minilora.classroom.lessons import claim_files, lesson_module, load
 
 REVOLUTION = "LoRA and the Efficiency Revolution"
@@ -33,13 +33,21 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A fact as an article states it, what settles it, and the verdict: holds, holds when, does not hold."""
+    """A fact as an article states it, what settles it, and the verdict: holds, holds when, does not hold.
+
+    Raises:
+        ValueError: if `verdict` is not one of the three.
+    """
 
     id: str  # "01.adam-moments"
     fact: str
     source: str  # the article's title, and where in it: f"{REVOLUTION}, “Rank Selection”"
     settle: Callable[[], Finding]
     verdict: str
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"no verdict is called {self.verdict!r}: choose one of {list(VERDICTS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

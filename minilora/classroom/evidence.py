@@ -11,32 +11,6 @@ from collections.abc import Iterator, Mapping
 VERDICTS = ("holds", "holds when", "does not hold")
 
 
-def claim(fact: str, *, source: str, cases: bool | Mapping[str, bool], found: str, verdict: str) -> None:
-    """Print a quoted fact, what our own computation found, and the verdict that follows.
-
-    `cases` is what was computed: one truth value, or one for each named case. All true: the fact "holds"; none:
-    it "does not hold"; some: it "holds when" those. `verdict` is what the lesson says, and must be the same.
-
-    Raises:
-        ValueError: if `verdict` is not one of the three.
-        AssertionError: if the cases no longer lead to that verdict.
-
-    >>> claim("At r = d, B A has as many parameters as W.", source="an article",
-    ...       cases=2 * 64 * 64 == 64 * 64, found="r = d = 64: 8,192 against 4,096", verdict="does not hold")
-    Claim    At r = d, B A has as many parameters as W.
-             (an article)
-    Found    r = d = 64: 8,192 against 4,096
-    Verdict  DOES NOT HOLD
-    <BLANKLINE>
-    """
-    if verdict not in VERDICTS:
-        raise ValueError(f"no verdict is called {verdict!r}: choose one of {list(VERDICTS)}")
-    computed, when = judge(cases)
-    if computed != verdict:
-        raise AssertionError(f"the verdict on “{fact}” was {verdict!r}; the code now says {computed!r}: {cases}")
-    print_claim(fact, source, found, verdict, when)
-
-
 def judge(cases: bool | Mapping[str, bool]) -> tuple[str, str]:
     """The verdict that follows from the cases; and, where it holds in some of them, in which.
 

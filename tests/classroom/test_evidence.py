@@ -2,7 +2,14 @@
 
 import pytest
 
-from minilora.classroom.evidence import claim, expect_bug
+from minilora.classroom.claims import Claim, Finding, settled
+from minilora.classroom.evidence import expect_bug, print_claim
+
+
+def claim(fact: str, *, source: str, cases, found: str, verdict: str) -> None:
+    """Settle a claim and print it, as a lesson's section 9 does."""
+    one = Claim(id="00.x", fact=fact, source=source, settle=lambda: Finding(cases=cases, found=found), verdict=verdict)
+    print_claim(fact, source, settled(one).found, verdict, settled(one).when)
 
 
 @pytest.mark.parametrize(
