@@ -1,7 +1,7 @@
 """What only the lessons need: exercises that explain, figures with sliders, and the builder of the notebooks.
 
     exercises     check, hint, overview             bets           predict, settle
-    lessons       where their sources are           evidence       claim, expect_bug
+    lessons       where their sources are           evidence       verdicts, expect_bug
     explorer      show, explorer                    plots          every figure, numbers in, Figure out
     instrumented  an array that logs what is made   progress       the learner's local file
     build         lessons/ → notebooks/             claims         what articles say, and what settles it
