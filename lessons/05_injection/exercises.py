@@ -6,6 +6,7 @@ norm called q_proj_norm, GPT-2's Conv1D, three layers called c_proj, and an outp
 
 import copy
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -988,7 +989,7 @@ BUDGET_BUGS = (
 
 
 def budget_inputs(rng: np.random.Generator) -> Case:
-    """Gains and costs of seven kinds, and a budget, for which every rule of thumb fails."""
+    """Gains and costs of seven kinds, and a budget, for which every rule of thumb fails and no two sets tie."""
     rules = [bug.function for bug in BUDGET_BUGS]
     while True:
         case: Case = {
@@ -997,8 +998,15 @@ def budget_inputs(rng: np.random.Generator) -> Case:
             "budget": int(rng.integers(3000, 6000)),
         }
         told = [tuple(chosen(rule, case).values()) for rule in (best_targets, *rules)]
-        if len(set(told)) == len(told):
+        if len(set(told)) == len(told) and not _ties(case["gains"]):
             return case
+
+
+def _ties(gains: Mapping[str, float]) -> bool:
+    """Whether two sets gain the same, so that rounding would decide between them."""
+    sets = itertools.product((False, True), repeat=len(gains))
+    sums = sorted(math.fsum(itertools.compress(gains.values(), each)) for each in sets)
+    return any(above - below < 1e-6 for below, above in itertools.pairwise(sums))
 
 
 def chosen(function: Callable, case: Case) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Lesson 05: its pictures' numbers are real models', other right answers pass, and its tables are transformers' own."""
 
 import itertools
+import math
 import warnings
 from dataclasses import replace
 
@@ -175,15 +176,20 @@ def test_two_mistakes_at_once_are_not_named_as_one():
 
 
 def test_the_best_set_is_the_best_of_all_sets():
-    rng = np.random.default_rng(3)
-    case = lesson.budget_inputs(rng)
-    chosen = lesson.best_targets(*case.values())
-    value = sum(case["gains"][name] for name in chosen)
+    case = lesson.budget_inputs(np.random.default_rng(3))
+    gains, costs, budget = case.values()
+    chosen = lesson.best_targets(gains, costs, budget)
+    value = math.fsum(gains[name] for name in chosen)
 
     for size in range(8):
-        for names in itertools.combinations(case["gains"], size):
-            if sum(case["costs"][name] for name in names) <= case["budget"]:
-                assert sum(case["gains"][name] for name in names) <= value
+        for names in itertools.combinations(gains, size):
+            if sum(costs[name] for name in names) <= budget and set(names) != chosen:
+                assert math.fsum(gains[name] for name in names) < value
+
+
+def test_gains_of_which_two_sets_tie_are_not_asked():
+    assert lesson._ties({"q": 0.1, "v": 0.2, "up": 0.3})
+    assert not lesson._ties({"q": 0.1, "v": 0.2, "up": 0.4})
 
 
 def test_the_published_counts_follow_from_the_formula():
