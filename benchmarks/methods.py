@@ -229,7 +229,8 @@ def judge(model: "Decoder", tokenizer: "Tokenizer", data: "Orders") -> dict[str,
     from minilora.train.data import make_batches
     from minilora.train.evaluate import exact_match, generate_answers, mean_loss, valid_json
 
-    held_out = make_batches([encode(tokenizer, order) for order in data.validation], BATCH, tokenizer.pad or 0, seed=0)
+    assert tokenizer.pad is not None
+    held_out = make_batches([encode(tokenizer, order) for order in data.validation], BATCH, tokenizer.pad, seed=0)
     prompts = [tokenizer.encode_chat(order.messages) for order in data.test]
     longest = max(len(tokenizer.encode(order.answer)) for order in data.test) + 8
     answers = generate_answers(model, tokenizer, prompts, longest)
