@@ -155,12 +155,12 @@ picture.strip(optimizer=["sgd", "adam"])
 # step of Adam it is a factor of the learning rate. To SGD it is one squared. To the forward pass it is neither: change
 # alpha of a trained adapter, and its output changes at once.
 #
-# **How it grows with r.** A row of A has entries from U(±1/√in), variance 1/(3 in). For an input direction v of length
-# 1, an entry of A v has variance 1/(3 in), and there are r of them.
+# **How it grows with r.** A row of A has entries from U(±1/√in), variance 1/(3 in). For an input direction v, a row of
+# length 1, an entry of v Aᵀ has variance 1/(3 in), and there are r of them.
 #
 # ```
-# SGD     v AᵀA vᵀ = Σ (A v)ᵢ²   ~ r / (3 in)       learned ~ lr · s² · r
-# Adam    Σ |(A v)ᵢ|             ~ r / √in          learned ~ lr · s · r
+# SGD     v AᵀA vᵀ = Σ (v Aᵀ)ᵢ²   ~ r / (3 in)       learned ~ lr · s² · r
+# Adam    Σ |(v Aᵀ)ᵢ|             ~ r / √in          learned ~ lr · s · r
 # ```
 #
 # | | SGD: lr · s² r | Adam: lr · s r |
@@ -223,7 +223,8 @@ for kind in (LoRALinear, PiSSALinear, OLoRALinear):
 # %% [markdown]
 # ## 6 · Build it
 #
-# **06.1 · The scaling.** Two kinds, `"lora"` and `"rslora"`, and nothing quiet about a third.
+# **06.1 · The scaling.** The s of section 5, of two kinds: `"lora"` is alpha / r, `"rslora"` alpha / √r. Any other kind
+# raises a `ValueError` that names it.
 
 
 # %%
