@@ -56,9 +56,9 @@ lesson = lesson_module("06")
 # %% [markdown] tags=["slide"]
 # ## 2 · The problem
 #
-# "What is LoRA alpha?" is asked again and again in issue trackers (bitsandbytes #762, unsloth #1304, mlx-examples
-# #982). The usual answer is "a learning rate for the adapter, set it to 2 r". It is half right. The other half is why
-# people raise r, keep alpha, and see the larger adapter learn *less*. Then they look for the bug in the data.
+# "What is LoRA alpha?" is asked again and again in issue trackers (#762 of bitsandbytes, #1304 of unsloth, #982 of
+# mlx-examples). The usual answer is "a learning rate for the adapter, set it to 2 r". It is half right. The other half
+# is why people raise r, keep alpha, and see the larger adapter learn *less*. Then they look for the bug in the data.
 #
 # The number that hurts: with SGD and alpha kept at 8, the first step of r = 64 is worth
 

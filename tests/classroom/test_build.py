@@ -295,6 +295,7 @@ def test_an_image_from_the_web_is_refused(image: str, lesson: Lesson):
         ("<details><summary>a</summary>", "opens and closes <details> unequally often"),
         ("```\n# " + "x" * 91 + "\n# ```", "a fenced block wider than 90 columns"),
         ("So $a = b$ holds.", "has a formula between dollars"),
+        ("as issue\n# #982 says", "begins a line with a # that is no heading"),
     ],
 )
 def test_a_rule_that_a_text_breaks_is_named(text: str, problem: str, lesson: Lesson):

@@ -36,6 +36,10 @@ def _lint_cell(number: int, cell: Notebook) -> list[str]:
         "has a formula between dollars, which a page can only show with a script from the web: write it in Unicode": (
             cell.cell_type == "markdown" and "$" in _without_code(cell.source)
         ),
+        "begins a line with a # that is no heading, and a page makes it one: break the line elsewhere": (
+            cell.cell_type == "markdown"
+            and re.search(r"^#+[^# \n]", _without_code(cell.source), flags=re.MULTILINE) is not None
+        ),
         "opens and closes <details> unequally often": cell.source.count("<details") != cell.source.count("</details>"),
         f"has a fenced block wider than {FENCED_COLUMNS} columns": cell.cell_type == "markdown"
         and any(len(line) > FENCED_COLUMNS for line in _fenced(lines)),
