@@ -108,7 +108,7 @@ SCALING = Exercise(
         Bug(
             name="alpha alone",
             function=_by_kind(lambda r, alpha: alpha, lambda r, alpha: alpha),
-            why="You returned alpha itself: nothing then answers for the number of terms, which is r.",
+            why="You returned alpha itself: B A is a sum of r terms, so alpha is divided by r or by √r.",
         ),
         Bug(
             name="always alpha / r",
@@ -178,14 +178,18 @@ def portrait(function: Callable, case: Case) -> dict[str, Any]:
     """For each parameter by name: how often it is in a group, and at which rate and decay."""
     model = adapted_model()
     groups = function(model, **case)
-    if not isinstance(groups, list):
-        return groups
+    if groups is None:
+        return None
+    # torch takes a single parameter for "params" too, and any iterable of groups
+    listed = [
+        group | {"params": [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])}
+        for group in groups
+    ]
     seen: dict[str, Any] = {}
     for name, p in model.named_parameters():
-        of = [group for group in groups if any(p is each for each in group["params"])]
-        seen[f"{name}, groups"] = len(of)
-        seen[f"{name}, lr"] = max((group.get("lr", case["lr"]) for group in of), default=0.0)
-        seen[f"{name}, decay"] = max((group.get("weight_decay", 0.01) for group in of), default=0.0)
+        of = [group for group in listed if any(p is each for each in group["params"])]
+        rates = [f"rate {group.get('lr', case['lr']):.6g}, decay {group.get('weight_decay', 0.01):.6g}" for group in of]
+        seen[name] = f"in {len(of)} groups: {' and '.join(rates)}" if len(of) > 1 else "".join(rates) or "in no group"
     return seen
 
 
@@ -250,8 +254,8 @@ GROUPS = Exercise(
     hints=(
         "One loop over model.named_parameters(). Skip what has requires_grad False. Each other one gets a rate and a "
         "decay.",
-        "The rate: embedding_lr below a LoRAEmbedding; lr * ratio for a name that ends in .B and for vectors "
-        "(p.ndim == 1); lr for the rest.",
+        "The rate: embedding_lr for a name that begins with embed.; else lr * ratio for a name that ends in .B and for "
+        "vectors (p.ndim == 1); lr for the rest.",
         "The decay: 0 for vectors, else weight_decay. Collect in a dict whose keys are (rate, decay): then no "
         "parameter can be in two groups.",
     ),
@@ -322,7 +326,7 @@ GROUPS = Exercise(
             function=_sorted_by(
                 lambda found, name, p, c: [(rate, 0.0) for rate, _ in found] if _is_plain(name, "B") else found
             ),
-            why="B does not decay, A does: without A and B the model is the base's, so both may.",
+            why="A decays and B does not: give both weight_decay. Only vectors have none.",
         ),
         Bug(
             name="vectors at A's rate",

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from minilora.classroom.exercises import examine
 from minilora.classroom.lessons import lesson_module
 from minilora.classroom.pictures import two_rates as race
 from minilora.classroom.pictures.update_size import (
@@ -108,3 +109,15 @@ def test_gradient_steps_move_only_b_first():
     want = np.mean([np.vdot(P, 0.01 * P @ A.T @ A) for P, A in zip(begin.P, begin.A, strict=True)])
     assert run.learned[1] == pytest.approx(want)
     assert begin.A.shape[2] == IN
+
+
+def test_groups_may_come_in_any_form_that_torch_takes():
+    """A parameter alone as `params`, and groups that are yielded."""
+
+    def one_by_one(model, **rates):
+        for group in lesson.GROUPS.reference(model, **rates):
+            for p in group["params"]:
+                yield group | {"params": p}
+
+    assert examine(lesson.GROUPS, one_by_one).failure is None
+    torch.optim.AdamW(one_by_one(lesson.adapted_model(), lr=0.01))
