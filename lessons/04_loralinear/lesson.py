@@ -66,7 +66,7 @@ SimpleAttention, adapt = lesson.SimpleAttention, lesson.adapt
 #
 # The number that hurts, for a model as small as SmolLM2-135M with r = 8 on two projections a layer:
 
-# %%
+# %% tags=["slide"]
 smol = ARCHITECTURES["smollm2-135m"]
 setting = {"r": 8, "targets": ["q_proj", "v_proj"], "optimizer": "adamw"}
 for name, freezes_rest in {"all else frozen": True, "only the adapted weights frozen": False}.items():

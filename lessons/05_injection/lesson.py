@@ -69,7 +69,7 @@ lesson = lesson_module("05")
 # The number that hurts is a printed one. Three articles print what r = 16 on all seven matrices of a 7B or 8B Llama
 # trains, and not one of the three numbers is right (section 9). A word that is misspelt costs as much:
 
-# %%
+# %% tags=["slide"]
 llama_3 = ARCHITECTURES["llama-3-8b"]
 meant = block_map(llama_3, LETTERS, r=16).trained
 misspelt = block_map(llama_3, set(LETTERS) - {"gate", "up", "down"}, r=16).trained

@@ -67,7 +67,7 @@ lesson = lesson_module("06")
 #
 # The number that hurts: with SGD, s = alpha / r and alpha kept at 8, the first step of r = 64 is worth
 
-# %%
+# %% tags=["slide"]
 small, large = (size.expected_first_step(r, 8.0, False, "sgd") for r in (1, 64))
 print(f"1 / {small / large:.0f} of the first step of r = 1, although it has 64 times as many parameters")
 assert round(small / large) == 64

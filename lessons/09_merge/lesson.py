@@ -64,7 +64,7 @@ np.set_printoptions(precision=4, suppress=True)
 #
 # The number that hurts is how much a young adapter moves an output **at the most**. Compare it with the tolerance.
 
-# %%
+# %% tags=["slide"]
 W, A, B = random_layer(d=256, r=8)
 B = 8e-4 * B  # ‖ΔW‖ is now 0.08 % of ‖W‖: an adapter after its first few steps
 x = np.random.default_rng(1).normal(size=(4, 256))

@@ -62,7 +62,10 @@ def test_slides_hold_the_card_the_tagged_cells_and_the_figures_of_their_sections
     drawn = nbformat.v4.new_code_cell("show()", outputs=[figure, finding])
     text = nbformat.v4.new_markdown_cell
     tagged = text("## Shown\n\nHere.", metadata={"tags": ["slide"]})
-    cells = [text("# The card"), text("## No"), drawn, tagged, copy.deepcopy(drawn), text("## No again")]
+    printed = nbformat.v4.new_code_cell("print(1)", outputs=[nbformat.v4.new_output("stream", text="1")])
+    shown = [copy.deepcopy(drawn), copy.deepcopy(printed)]
+    wanted = [nbformat.from_dict({**cell, "metadata": {"tags": ["slide"]}}) for cell in copy.deepcopy(shown)]
+    cells = [text("# The card"), text("## No"), drawn, tagged, *shown, *wanted, text("## No again")]
     cells = [nbformat.from_dict({**cell, "id": f"c{number}"}) for number, cell in enumerate(cells)]
     made = list(slide_cells(nbformat.v4.new_notebook(cells=cells)))
 
@@ -70,6 +73,8 @@ def test_slides_hold_the_card_the_tagged_cells_and_the_figures_of_their_sections
         ("# The card", 0),
         ("## Shown\n\nHere.", 0),
         ("", 2),
+        ("", 2),  # a figure comes without its code, tagged or not; what is printed comes with it, where it is tagged
+        ("print(1)", 1),
     ]
 
 

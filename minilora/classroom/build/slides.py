@@ -1,4 +1,4 @@
-"""Slides of a lesson: the cells tagged `slide`, and every figure of their sections.
+"""Slides of a lesson: the cells tagged `slide`, and every figure of their sections (a figure without its code).
 
 One file with reveal.js inside it, so that a projector in a room without a network shows it. Arrows and the space bar
 turn the page, `o` shows all slides, `?print-pdf` behind the address makes a page of each.
@@ -45,11 +45,10 @@ def slide_cells(notebook: Notebook) -> Iterator[Notebook]:
             kinds = iter(["slide"])
             for text in pieces(cell.source):
                 yield _slide(nbformat.v4.new_markdown_cell(text), next(kinds, "subslide"))
-        elif cell.cell_type == "code" and is_tagged:
-            yield _slide(copy.deepcopy(cell), "subslide")
-        elif cell.cell_type == "code" and is_shown:
-            for figure in figures(cell):
-                yield _slide(figure, "subslide")
+        elif cell.cell_type == "code" and (is_tagged or is_shown):
+            found = list(figures(cell))
+            for each in found or [copy.deepcopy(cell)] * is_tagged:
+                yield _slide(each, "subslide")
 
 
 def figures(cell: Notebook) -> Iterator[Notebook]:
