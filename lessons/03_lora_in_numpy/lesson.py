@@ -126,7 +126,7 @@ predict(
 # x (B A)ᵀ       first multiply the factors out, to something as large as W, for one use
 # ```
 #
-# Run the cell and drag: when does the red bar get short? Is there any setting in which forming `B A` first wins?
+# Run the cell and drag: when does the orange bar get short? Is there any setting in which forming `B A` first wins?
 
 
 # %%

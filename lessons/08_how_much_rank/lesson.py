@@ -96,12 +96,12 @@ predict(
 # %% [markdown] tags=["slide"]
 # ## 4 · The one picture
 #
-# One layer, 24 → 16. Left, the loss by rank: blue on the rows that the adapter learnt from, red on rows it never saw,
-# the bands are five seeds. The dotted line is the noise: nothing can be below it on unseen rows. Right, the singular
-# values: green what was planted, blue what the data say, noise and all.
+# One layer, 24 → 16. Left, the loss by rank: blue on the rows that the adapter learnt from, orange on rows it never
+# saw, the bands are five seeds. The dotted line is the noise: nothing can be below it on unseen rows. Right, the
+# singular values: green what was planted, blue what the data say, noise and all.
 #
-# Drag `n`, the number of rows. Where does the red line turn up? Then set the noise to 0. Then give it a k of 6 and few
-# rows: which rank is best now, and why is it not 6?
+# Drag `n`, the number of rows. Where does the orange line turn up? Then set the noise to 0. Then give it a k of 6 and
+# few rows: which rank is best now, and why is it not 6?
 
 
 # %%
