@@ -90,12 +90,10 @@ def png(figure: Figure) -> bytes:
 
 @styled
 def filmstrip(frames: Sequence[Figure], labels: Sequence[str]) -> Figure:
-    """Several figures as the frames of one, two to a row, each under its label."""
-    rows = -(-len(frames) // 2)
-    width = 10.0
-    first = frames[0].get_size_inches()
-    figure = new_figure(width, rows * (width / 2 * first[1] / first[0] + 0.45))
-    for axes, frame, label in zip(figure.subplots(rows, 2, squeeze=False).flat, frames, labels, strict=False):
+    """Several figures as the frames of one, like film from top to bottom and as large as alone, each under its label."""
+    width, height = frames[0].get_size_inches()
+    figure = new_figure(width, len(frames) * (height + 0.35))
+    for axes, frame, label in zip(figure.subplots(len(frames), squeeze=False).flat, frames, labels, strict=True):
         axes.imshow(_pixels(frame), interpolation="lanczos")
         axes.set_title(label, fontweight="bold")
     for axes in figure.axes:
