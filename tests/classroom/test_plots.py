@@ -99,5 +99,8 @@ def test_there_is_a_marker_for_every_colour():
 def test_a_strip_shows_every_frame():
     first, second = (plots.filmstrip([FIGURES["first_step"]() for _ in "abc"], ["a", "b", "c"]) for _ in range(2))
 
-    assert [axes.get_title() for axes in first.axes if axes.get_title()] == ["a", "b", "c"]
+    assert [text.get_text() for text in first.texts] == ["a", "b", "c"]
+    alone = plots._pixels(FIGURES["first_step"]())
+    assert all(np.array_equal(image.get_array(), alone) for image in first.images)
+    assert len({image.oy for image in first.images}) == 3, "one below the other"
     assert plots.png(first) == plots.png(second)
