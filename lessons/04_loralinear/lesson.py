@@ -468,7 +468,7 @@ show(
 )
 for name, found in values.items():
     rank = sum(value > 1e-5 * found[0] for value in found)
-    print(f"{name}: rank {rank}, singular values {', '.join(f'{value:.1f}' for value in found[:4])}")
+    print(f"{name}: rank {rank}, singular values {', '.join(f'{value:.1f}' for value in found[:3])}, and one below 0.2")
     assert rank == 4 and np.allclose(found[:3], [3, 2, 1], atol=0.2) and found[3] < 0.2
 
 # %% [markdown]

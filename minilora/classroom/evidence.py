@@ -6,6 +6,7 @@ the notebook fails: neither a verdict nor a bug can go stale unseen.
 
 import contextlib
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 
 VERDICTS = ("holds", "holds when", "does not hold")
@@ -30,9 +31,12 @@ def _or_when(names: list[str]) -> str:
 
 
 def print_claim(fact: str, source: str, found: str, verdict: str, when: str = "") -> None:
-    """Print a claim in a notebook."""
-    detail = f" {when}" if when else ""
-    print(f"Claim    {fact}\n         ({source})\nFound    {found}\nVerdict  {verdict.upper()}{detail}\n")
+    """Print a claim in a notebook, its lines broken under their own beginning."""
+    parts = {"Claim    ": fact, "         ": f"({source})", "Found    ": found}
+    parts["Verdict  "] = f"{verdict.upper()} {when}".rstrip()
+    for name, text in parts.items():
+        print(textwrap.fill(text, width=100, initial_indent=name, subsequent_indent=" " * 9, break_on_hyphens=False))
+    print()
 
 
 @contextlib.contextmanager

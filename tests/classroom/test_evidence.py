@@ -28,6 +28,14 @@ def test_a_conditional_claim_names_its_cases(capsys: pytest.CaptureFixture[str])
     assert "HOLDS WHEN r = alpha; not when r ≠ alpha" in capsys.readouterr().out
 
 
+def test_a_long_line_is_broken_under_its_beginning(capsys: pytest.CaptureFixture[str]):
+    claim("It is so.", source="an article", cases=True, found="number " * 20, verdict="holds")
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].startswith(" " * 9 + "number") and lines[4] == "Verdict  HOLDS"
+    assert max(map(len, lines)) <= 100
+
+
 def test_a_verdict_that_no_longer_follows_fails():
     with pytest.raises(AssertionError, match="was 'holds'; the code now says 'does not hold'"):
         claim("It is so.", source="a", cases=False, found="n", verdict="holds")

@@ -74,7 +74,7 @@ def draw_first_step(
     for each rank the best set under the budget, and what it captures."""
     figure = new_figure(9.5, 3.7)
     left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
-    shift = {"k_proj": (6, -12), "q_proj": (6, 6), "o_proj": (6, 8)}
+    shift = {"k_proj": (6, -12), "q_proj": (8, -9), "o_proj": (6, 8)}
     for kind, colour, marker in zip(gains, (*COLOURS, GREY), MARKERS, strict=True):
         left.plot(costs[kind], gains[kind], color=colour, marker=marker, markersize=9, linestyle="none")
         left.annotate(
