@@ -83,7 +83,7 @@ def always_sooner() -> Finding:
         title: {ratio: race.steps_to_goal(curve) for ratio, curve in curves.items()}
         for title, curves in race.races().items()
     }
-    told = "; ".join(f"{title}: {took[title][1]:.0f} steps, with ratio 16 {took[title][16]:.0f}" for title in took)
+    told = "; ".join(f"{title}: {took[title][1]:.0f} steps, {took[title][16]:.0f} with ratio 16" for title in took)
     cases = {f"compared at {title}": steps[16] < steps[1] for title, steps in took.items()}
     return Finding(cases=cases, found=f"on a small planted problem, {told}")
 

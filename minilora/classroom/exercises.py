@@ -464,7 +464,8 @@ def overview(lesson: str) -> None:
     for each in exercises:
         stars = "difficulty " + "★" * each.difficulty + "☆" * (3 - each.difficulty)
         stars += "  importance " + "★" * each.importance + "☆" * (3 - each.importance)
-        print(f"{each.id}  {each.minutes:>3} min  {each.points} points  {stars}  {each.title}")
+        points = f"{each.points} point{' ' if each.points == 1 else 's'}"
+        print(f"{each.id}  {each.minutes:>3} min  {points}  {stars}  {each.title}")
     print(f"      {sum(each.minutes for each in exercises):>3} min in all")
 
 
