@@ -13,7 +13,7 @@ import symtable
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-MAGIC = re.compile(r"^(\s*)[%!?].*$", flags=re.MULTILINE)  # IPython's own lines: `%matplotlib`, `!pip`, `?help`
+MAGIC = re.compile(r"^(\s*)(?:[%!?].*|[\w.]+\?\??)$", re.MULTILINE)  # IPython's own: `%time`, `!pip`, `?help`, `help?`
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Program:
         unreadable: list[tuple[str, SyntaxError]] = []
         for cell in cells:
             try:
-                statements += list(_statements(MAGIC.sub(r"\1pass", cell)))
+                statements += list(_statements(_python(cell)))
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
                 problem = error if isinstance(error, SyntaxError) else SyntaxError(str(error))
                 unreadable.append((cell, problem))
@@ -102,6 +102,15 @@ class Program:
         """The statements that change the object: of a function or class all, of others those before its use."""
         end = len(self.statements) if self.statements[binding].is_definition else at
         return (index for index in range(binding + 1, end) if name in self.statements[index].changes)
+
+
+def _python(cell: str) -> str:
+    """A cell without IPython's own lines. Where it is Python already, a line that begins with % is an operator's."""
+    try:
+        ast.parse(cell)
+    except SyntaxError:
+        return MAGIC.sub(r"\1pass", cell)
+    return cell
 
 
 def _statements(text: str) -> Iterator[Statement]:

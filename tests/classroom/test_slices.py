@@ -27,9 +27,15 @@ def test_half_of_a_broken_cell_is_not_taken():
     assert Program.of_cells(["def f():\n    return 1\nx = ("]).statements == ()
 
 
-@pytest.mark.parametrize("magic", ["%matplotlib inline", "!pip install x", "?print", "%%time"])
+@pytest.mark.parametrize("magic", ["%matplotlib inline", "!pip install x", "?print", "np.sum??", "%%time"])
 def test_lines_of_ipython_do_not_spoil_a_cell(magic: str):
     assert needed("f", f"{magic}\ndef f():\n    return 1") == ["def f():\n    return 1"]
+
+
+def test_a_line_that_begins_with_an_operator_is_python():
+    cell = "def f(a, b):\n    return (\n        a\n        % b\n    )"
+
+    assert needed("f", cell) == [cell]
 
 
 def test_the_last_definition_wins_also_of_what_it_uses():
