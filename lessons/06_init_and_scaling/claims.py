@@ -30,12 +30,10 @@ def rate_is_kept() -> Finding:
 def rank_is_less_sensitive() -> Finding:
     """The best rate at every rank, with either scaling."""
     both = {name: (spread(False, name), spread(True, name)) for name in NAMES}
-    told = ", ".join(
-        f"{NAMES[name]}: {plain:.0f}-fold with alpha / r, {root:.0f}-fold with alpha / √r"
-        for name, (plain, root) in both.items()
-    )
+    told = "; ".join(f"{NAMES[name]} {plain:.0f} and {root:.0f}" for name, (plain, root) in both.items())
     cases = {f"the optimizer is {NAMES[name]}": root < plain for name, (plain, root) in both.items()}
-    return Finding(cases=cases, found=f"the best rate after {STEPS} steps moves, from r = 1 to 64; {told}")
+    of = f"of the best rates after {STEPS} steps, r = 1 to 64"
+    return Finding(cases=cases, found=f"largest over smallest {of}, alpha / r and alpha / √r: {told}")
 
 
 def effective_rate_falls() -> Finding:

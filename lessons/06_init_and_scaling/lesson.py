@@ -346,14 +346,14 @@ for name, expected in {"sgd": (-1, 0), "adam": (0, 0.5)}.items():
 # powers of two, the rate with the lowest loss after 30 steps.
 
 # %%
-print("best rate, as a power of two, at r =", *(f"{r:>4}" for r in size.RANKS))
+print("best rate, as a power of two, at r =", *(f"{r:>4}" for r in size.RANKS), "  largest / smallest")
 spreads = {}
 for name in ("sgd", "adam"):
     for rs, (kind, _, _) in size.LOOK.items():
         best = [size.best_rate(r, rs, name, 30) for r in size.RANKS]
         spreads[name, rs] = max(best) / min(best)
         powers = " ".join(f"{int(np.log2(rate)):>4}" for rate in best)
-        print(f"{name:<5} {kind:<29} {powers}   {spreads[name, rs]:.0f}-fold")
+        print(f"{name:<5} {kind:<29} {powers}   {spreads[name, rs]:>10.0f}")
 assert spreads["sgd", False] > 4 * spreads["sgd", True]
 assert spreads["adam", True] <= spreads["adam", False] <= 8
 

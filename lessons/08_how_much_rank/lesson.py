@@ -363,7 +363,7 @@ show(
 # %% [markdown] tags=["slide"]
 # ## 8 · Break it
 #
-# Four people were asked for the rank of ten tasks. On the x-axis what was planted, on the y-axis what they said. Who
+# Four people were asked for the rank of thirty tasks. On the x-axis what was planted, on the y-axis what they said. Who
 # did what?
 #
 # (a) judged by the rows that were learnt from · (b) took the best of one seed · (c) stopped at the first rise ·

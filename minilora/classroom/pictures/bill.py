@@ -67,15 +67,16 @@ def bills(model: str, setup: Setup, methods: Sequence[str] = METHODS) -> dict[st
 
 @styled
 def stacked(found: Mapping[str, Mapping[str, float]], card_gb: float) -> Figure:
-    """A bar for each method, its parts on each other, and the card as a line across."""
+    """A bar for each method, its parts on each other (one part alone is not named), and the card as a line across."""
     figure = new_figure(8.6, 3.3)
     axes = figure.subplots()
     at = dict.fromkeys(found, 0.0)
-    for part, (colour, hatch) in LOOK.items():
-        values = [found[method][part] for method in found]
-        if max(values) > 0:
-            axes.barh(list(found), values, left=list(at.values()), color=colour, hatch=hatch, label=part, alpha=0.8)
-        at = {method: at[method] + found[method][part] for method in found}
+    parts = [part for part in LOOK if any(bar[part] > 0 for bar in found.values())]
+    for part in parts:
+        (colour, hatch), values = LOOK[part], [bar[part] for bar in found.values()]
+        label = part if len(parts) > 1 else None
+        axes.barh(list(found), values, left=list(at.values()), color=colour, hatch=hatch, label=label, alpha=0.8)
+        at = {method: at[method] + bar[part] for method, bar in found.items()}
     axes.set_yticks(range(len(at)), [f"{method}\n{total:,.1f} GB" for method, total in at.items()])
     axes.axvline(card_gb, color=GREY, linestyle="--", linewidth=2, label=f"a card of {card_gb:g} GB")
     axes.set_xlim(0, 1.05 * max(card_gb, *at.values()))
