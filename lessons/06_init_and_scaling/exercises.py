@@ -424,6 +424,13 @@ def six_settings(rng: np.random.Generator) -> Case:
     return {"settings": [settings[i] for i in (first, second, *rest)]}
 
 
+def as_words(function: Callable, case: Case) -> Any:
+    """The answer in words: an index is no number that another can be near to."""
+    said = function(**case)
+    is_a_row = isinstance(said, (list, tuple, np.ndarray))
+    return tuple(f"as setting {index}" for index in said) if is_a_row else said
+
+
 def agrees_with_running(function: Callable, case: Case) -> str | None:
     """What was predicted is what torch's optimizers do."""
     said, seen = list(function(case["settings"])), by_running(case["settings"])
@@ -445,6 +452,8 @@ SAME = Exercise(
     importance=3,
     reference=same_first_step,
     generate=six_settings,
+    observe=as_words,
+    outputs=tuple(f"setting {i}" for i in range(6)),
     tolerance=0,
     properties=(Property(name="it is what comes of running them", test=agrees_with_running),),
     hints=(

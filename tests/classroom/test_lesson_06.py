@@ -121,3 +121,14 @@ def test_groups_may_come_in_any_form_that_torch_takes():
 
     assert examine(lesson.GROUPS, one_by_one).failure is None
     torch.optim.AdamW(one_by_one(lesson.adapted_model(), lr=0.01))
+
+
+@pytest.mark.parametrize("row", [tuple, np.array])
+def test_indices_may_come_in_any_row(row):
+    assert examine(lesson.SAME, lambda settings: row(lesson.same_first_step(settings))).passed
+
+
+def test_a_wrong_index_is_told_by_its_setting():
+    message = examine(lesson.SAME, lambda settings: list(range(len(settings)))).message
+
+    assert "setting 1: returned 'as setting 1', expected 'as setting 0'" in message
