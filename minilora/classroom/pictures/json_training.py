@@ -105,12 +105,14 @@ def token_strip(row: Sequence[Piece]) -> Figure:
 def _box(axes: Axes, column: float, y: float, piece: Piece) -> None:
     colour = LOOK[piece.kind]
     style: dict[str, Any] = {"edgecolor": colour, "linewidth": 1.2}
-    style |= {"facecolor": colour, "alpha": 0.3} if piece.carries else {"facecolor": "none"}
+    style["facecolor"] = colour if piece.carries else "none"
     if piece.kind == "padding":
         style["linestyle"] = ":"
-    axes.add_patch(Rectangle((column - 0.4, y - 0.36), len(piece.text) + 0.8, 0.72, **style))
+    axes.add_patch(Rectangle((column - 0.32, y - 0.36), len(piece.text) + 0.64, 0.72, **style))
     middle = column + len(piece.text) / 2
-    axes.text(middle, y, piece.text, ha="center", va="center_baseline", family="DejaVu Sans Mono", fontsize=7.6)
+    ink = "black" if piece.carries else GREY
+    style = {"color": ink, "family": "DejaVu Sans Mono", "fontsize": 7.6}
+    axes.text(middle, y, piece.text, ha="center", va="center_baseline", **style)
 
 
 @styled
