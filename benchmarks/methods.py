@@ -5,6 +5,7 @@
     python benchmarks/methods.py --workers 2 --threads 1    two cells at a time
     python benchmarks/methods.py --minutes 60          begin no cell after an hour
     python benchmarks/methods.py --report              the table and the figures again, from what is there
+    python benchmarks/methods.py --table               the table alone
 
 The task is orders (train/orders): nested JSON, of which parts are not said. SmolLM2-135M, the same 32 steps of 8 orders
 for every method, 100 test orders, whose names and shapes no training order has. A cell is a training of its own process
@@ -73,27 +74,30 @@ def main() -> None:
         case, lr, seed = options.cell
         print(json.dumps(one_cell(case, float(lr), int(seed))))
         return
-    if not options.report:
+    if not (options.report or options.table):
         fill(options)
-    report(read_cells())
+    cells = read_cells()
+    rows = compared(cells)
+    print(methods_report.table(rows, json.loads(COSTS.read_text())["costs"] if COSTS.exists() else {}))
+    if not options.table:
+        draw(cells, rows)
 
 
-def report(cells: dict[Cell, dict[str, Any]]) -> None:
-    """Print the table, and draw the figures, of what is there with all its seeds."""
-    tuned = [case for case in COMPARED if not next_rates(cells, case)]
-    rates = {case: best_rate(cells, case) for case in tuned}
-    rows = {
-        case: (lr, found) for case, lr in rates.items() if (found := methods_report.by_seed(cells, case, lr, SEEDS))
-    }
-    if rows:
-        print(methods_report.table(rows, json.loads(COSTS.read_text())["costs"] if COSTS.exists() else {}))
-        (HERE / "methods.png").write_bytes(methods_report.draw(rows))
-    found = (
-        {r: methods_report.by_seed(cells, case_of(r), rates["lora"], SEEDS) for r in RANKS} if "lora" in rates else {}
-    )
-    if found and all(found.values()):
-        losses = {r: [cell["validation_loss"] for cell in its or []] for r, its in found.items()}
-        (HERE / "methods_ranks.png").write_bytes(methods_report.draw_ranks(losses))
+def compared(cells: dict[Cell, dict[str, Any]]) -> methods_report.Rows:
+    """The methods whose rate is found and whose seeds are all there: the rate, and the cell of each seed."""
+    rates = {case: best_rate(cells, case) for case in COMPARED if not next_rates(cells, case)}
+    found = {case: methods_report.by_seed(cells, case, lr, SEEDS) for case, lr in rates.items()}
+    return {case: (rates[case], its) for case, its in found.items() if its}
+
+
+def draw(cells: dict[Cell, dict[str, Any]], rows: methods_report.Rows) -> None:
+    """The figures of what is there: the methods, and the ranks if LoRA's rate and all their seeds are."""
+    (HERE / "methods.png").write_bytes(methods_report.draw(rows))
+    if "lora" in rows:
+        by_rank = {r: methods_report.by_seed(cells, case_of(r), rows["lora"][0], SEEDS) for r in RANKS}
+        losses = {r: [cell["validation_loss"] for cell in its] for r, its in by_rank.items() if its}
+        if len(losses) == len(RANKS):
+            (HERE / "methods_ranks.png").write_bytes(methods_report.draw_ranks(losses))
 
 
 def fill(options: argparse.Namespace) -> None:
@@ -272,6 +276,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each")
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--table", action="store_true", help="measure nothing, draw nothing")
     parser.add_argument("--cell", nargs=3, metavar=("CASE", "LR", "SEED"), help=argparse.SUPPRESS)
     return parser.parse_args()
 

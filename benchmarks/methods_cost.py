@@ -1,6 +1,6 @@
 """What each method costs: a training step's seconds and memory, and an answer's seconds, live and merged.
 
-    python benchmarks/methods_cost.py               3 rounds of 4 steps; writes benchmarks/methods_cost.json
+    python benchmarks/methods_cost.py               3 rounds of 4 steps, written to methods_cost.json one by one
     python benchmarks/methods_cost.py --rounds 1    a short look
 
 The work is methods.py's: its orders, its settings, bfloat16 (float32 where all weights train). In every round each
@@ -38,8 +38,8 @@ def main() -> None:
         rounds.append({case: in_a_process(case, options) for case in methods.COMPARED})
         for case, found in rounds[-1].items():
             print(f"{case:<10}" + "  ".join(f"{what} {value:.2f}" for what, value in found.items()), flush=True)
-    costs = {case: ratios(rounds, case) for case in methods.COMPARED}
-    methods.COSTS.write_text(json.dumps({"machine": facts, "costs": costs, "rounds": rounds}, indent=1) + "\n")
+        costs = {case: ratios(rounds, case) for case in methods.COMPARED}
+        methods.COSTS.write_text(json.dumps({"machine": facts, "costs": costs, "rounds": rounds}, indent=1) + "\n")
 
 
 def ratios(rounds: list[dict[str, dict[str, float]]], case: str) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The comparison's table and figures, from benchmarks/methods.json: methods.py makes them when its cells are done.
 
-    | method | trained | exact | loss | forgotten | rate |     mean of the seeds (least to largest)
+    | method | trained | exact | loss | forgotten | …      mean of the seeds (least to largest)
+    | … step | memory | answer | merged | rate |          what each costs (methods_cost.py), and its learning rate
     methods.png         trained parameters against exact answers, and those that nothing beats in both
     methods_ranks.png   the loss of LoRA by its rank, and the elbow
 
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Cells = Mapping[tuple[str, float, int], Mapping[str, Any]]
+Rows = Mapping[str, tuple[float, list[Mapping[str, Any]]]]  # a method's rate, and the cell of each seed
 
 
 def by_seed(cells: Cells, case: str, lr: float, seeds: Sequence[int]) -> list[Mapping[str, Any]] | None:
@@ -20,15 +22,15 @@ def by_seed(cells: Cells, case: str, lr: float, seeds: Sequence[int]) -> list[Ma
     return found if all("exact" in cell for cell in found) else None
 
 
-def table(rows: Mapping[str, tuple[float, list[Mapping[str, Any]]]], costs: Mapping[str, Mapping[str, float]]) -> str:
+def table(rows: Rows, costs: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown: a row for each method, the most exact one first; a cost that was not measured is a dash."""
-    titles = "method", "trained", "exact", "loss", "forgotten, nats", "step", "memory", "answer", "rate"
+    titles = "method", "trained", "exact", "loss", "forgotten, nats", "step", "memory", "answer", "merged", "rate"
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     exact = {name: statistics.mean(cell["exact"] for cell in found) for name, (_, found) in rows.items()}
     for name in sorted(rows, key=lambda name: -exact[name]):
         lr, found = rows[name]
         its = costs.get(name, {})
-        told = [f"{its[what]:.2f}" if what in its else "–" for what in ("step", "memory", "answer")]
+        told = [f"{its[what]:.2f}" if what in its else "–" for what in ("step", "memory", "answer", "merged")]
         cells = [
             f"{found[0]['trainable']:,}",
             spread([100 * cell["exact"] for cell in found], ".0f", " %"),
@@ -55,7 +57,7 @@ def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return sorted((name for name in points if not better[name]), key=lambda name: points[name])
 
 
-def draw(rows: Mapping[str, tuple[float, list[Mapping[str, Any]]]]) -> bytes:
+def draw(rows: Rows) -> bytes:
     """Trained parameters against the share of exact answers; the bars are the seeds' range."""
     from minilora.classroom import plots
 
