@@ -5,7 +5,6 @@ sweeps at once: no two ways agree on all of them.
 """
 
 import functools
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from minilora.classroom.comparison import best_rate, by_seed, results
 from minilora.classroom.exercises import Bug, Case, Exercise, Property
-from minilora.classroom.lessons import lessons_folder
 from minilora.classroom.pictures.rank_sweep import RANKS, best_updates, loss, sweep, task
 from minilora.numpy_lora.forward import lora_backward, lora_forward, lora_init
 from minilora.numpy_lora.rank import subspace_similarity
@@ -417,28 +416,17 @@ def trained_lora(k: int, n: int, noise: float, r: int, seed: int, steps: int = 3
     return A, B
 
 
-def benchmark(name: str) -> dict[str, Any]:
-    """The results of a benchmark, as it left them beside the lessons."""
-    return json.loads((lessons_folder().parent / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
-
-
 def planted_in_a_decoder() -> dict[int, dict[int, list[float]]]:
     """By planted rank and rank of LoRA: the share of the loss that is left, a number for each seed."""
-    found = benchmark("planted_rank")["losses"]
+    found = results("planted_rank")["losses"]
     return {int(k): {int(r): values for r, values in losses.items()} for k, losses in found.items()}
 
 
 def real_sweep() -> dict[int, list[float]]:
     """By rank: the loss on unseen orders of LoRA at the rate that was best for r = 16, a number for each seed."""
-    cells = benchmark("methods")["cells"]
-    tuned = min((c for c in cells if c["case"] == "lora" and c["seed"] == 0), key=lambda c: c["validation_loss"])["lr"]
-    by_rank: dict[int, list[float]] = {}
-    for cell in cells:
-        name = cell["case"]
-        if cell["lr"] == tuned and (name == "lora" or name.startswith("lora r=")):
-            r = 16 if name == "lora" else int(name.removeprefix("lora r="))
-            by_rank.setdefault(r, []).append(cell["validation_loss"])
-    return dict(sorted(by_rank.items()))
+    lr = best_rate("lora")
+    by_rank = {r: by_seed("lora" if r == 16 else f"lora r={r}", lr) for r in (1, 2, 4, 8, 16, 32, 64)}
+    return {r: [cell["validation_loss"] for cell in its] for r, its in by_rank.items()}
 
 
 def overfits(k: int, n: int, noise: float) -> bool:
