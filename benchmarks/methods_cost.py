@@ -43,15 +43,14 @@ def main() -> None:
 
 
 def ratios(rounds: list[dict[str, dict[str, float]]], case: str) -> dict[str, float]:
-    """The median ratio of every figure."""
-    beside = {"step": ("lora", "step_s"), "memory": ("lora", "peak_gib")}
-    beside |= {"answer": (case, "answer_s"), "merged": (case, "merged_s")}
-    found = {}
-    for what, (other, figure) in beside.items():
-        if figure in rounds[0][case]:
-            under = "base_s" if other == case else figure
-            found[what] = statistics.median(r[case][figure] / r[other][under] for r in rounds)
-    return found
+    """The median ratio of every figure: a training's to LoRA's of the same round, an answer's to its own base's."""
+    beside = {
+        "step": [r[case]["step_s"] / r["lora"]["step_s"] for r in rounds],
+        "memory": [r[case]["peak_gib"] / r["lora"]["peak_gib"] for r in rounds],
+        "answer": [r[case]["answer_s"] / r[case]["base_s"] for r in rounds],
+        "merged": [r[case]["merged_s"] / r[case]["base_s"] for r in rounds if "merged_s" in r[case]],
+    }
+    return {what: statistics.median(found) for what, found in beside.items() if found}
 
 
 def in_a_process(case: str, options: argparse.Namespace) -> dict[str, float]:

@@ -2,12 +2,13 @@
 
     | method | trained | exact | loss | forgotten | …      mean of the seeds (least to largest)
     | … step | memory | answer | merged | rate |          what each costs (methods_cost.py), and its learning rate
-    methods.png         trained parameters against exact answers, and those that nothing beats in both
+    methods.png         what was forgotten against exact answers, and those that nothing beats in both
     methods_ranks.png   the loss of LoRA by its rank, and the elbow
 
 Only methods whose seeds are all there are told of.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,42 +50,51 @@ def spread(values: Sequence[float], form: str, unit: str = "") -> str:
 
 
 def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """The names that no other beats in both: fewer trained and at least as exact, or as few and more exact."""
-    better = {
-        name: [o for o, (x2, y2) in points.items() if x2 <= x and y2 >= y and (x2, y2) != (x, y)]
+    """The names that no other beats in both, x the less the better and y the more, from left to right.
+
+    >>> frontier({"a": (1, 3), "b": (2, 2), "c": (2, 5)})
+    ['a', 'c']
+    """
+    best = [
+        name
         for name, (x, y) in points.items()
-    }
-    return sorted((name for name in points if not better[name]), key=lambda name: points[name])
+        if not any(x2 <= x and y2 >= y and (x2, y2) != (x, y) for x2, y2 in points.values())
+    ]
+    return sorted(best, key=lambda name: points[name])
 
 
 def draw(rows: Rows) -> bytes:
-    """Trained parameters against the share of exact answers; the bars are the seeds' range."""
+    """What was forgotten against the share of exact answers, with the seeds' ranges as bars both ways."""
     from minilora.classroom import plots
+
+    looks = {1e6: ("o", plots.GREEN), 1e8: ("s", plots.BLUE), math.inf: ("^", plots.RED)}
+    names = {"o": "under 1 M", "s": "4 to 8 M", "^": "all, 135 M"}
 
     @plots.styled
     def figure() -> bytes:
-        whole = plots.new_figure(8, 4.5)
+        whole = plots.new_figure(8.6, 4.8)
         axes = whole.subplots()
         points = {}
-        for n, (name, (_, found)) in enumerate(rows.items()):
-            shares = [100 * cell["exact"] for cell in found]
-            x, y = found[0]["trainable"], statistics.mean(shares)
-            points[name] = (float(x), y)
-            bars = [[y - min(shares)], [max(shares) - y]]
-            colour, marker = plots.COLOURS[n % len(plots.COLOURS)], plots.MARKERS[n % len(plots.MARKERS)]
-            axes.errorbar([x], [y], yerr=bars, marker=marker, color=colour, capsize=3)
-        for n, name in enumerate(
-            sorted(points, key=lambda name: points[name][1])
-        ):  # half of them train as many numbers
-            line = {"arrowstyle": "-", "color": plots.GREY, "linewidth": 0.4}
-            where = (1.05, (n + 0.5) / len(points))
-            axes.annotate(name, points[name], where, textcoords="axes fraction", va="center", arrowprops=line)
-        best = [points[name] for name in frontier(points)]
-        axes.plot(*zip(*best, strict=True), linestyle=":", color=plots.GREY, zorder=0)
+        for name, (_, found) in rows.items():
+            xs, ys = [cell["forgotten"] for cell in found], [100 * cell["exact"] for cell in found]
+            points[name] = x, y = statistics.mean(xs), statistics.mean(ys)
+            marker, colour = next(look for most, look in looks.items() if found[0]["trainable"] < most)
+            bars = [[[x - min(xs)], [max(xs) - x]], [[y - min(ys)], [max(ys) - y]]]
+            label = names.pop(marker, None)
+            axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt=marker, color=colour, elinewidth=0.9, label=label)
+        for n, name in enumerate(sorted(points, key=lambda name: points[name])):  # by turns above and below its bar
+            exact = [100 * cell["exact"] for cell in rows[name][1]]
+            top, at = (max(exact), (0, 4)) if n % 2 == 0 else (min(exact), (0, -12))
+            axes.annotate(name, (points[name][0], top), at, textcoords="offset points", ha="center", fontsize=9)
+        axes.plot(*zip(*(points[name] for name in frontier(points)), strict=True), ":", color=plots.GREY, zorder=0)
         axes.set_xscale("log")
-        axes.set_xlabel("parameters that train")
+        axes.set_ylim(0, 55)
+        axes.set_xlabel("forgotten: how much the loss on English text rose, nats (log scale)")
         axes.set_ylabel("orders answered to the letter, %")
         axes.grid(axis="y")
+        ticks = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.legend(loc="lower left", title="parameters that train")
         return plots.png(whole)
 
     return figure()

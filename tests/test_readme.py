@@ -38,6 +38,14 @@ def test_the_table_of_training_steps_is_made_from_the_results():
     assert run.stdout in README
 
 
+def test_the_table_of_methods_is_made_from_the_results():
+    command = [sys.executable, "benchmarks/methods.py", "--table"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+
+    assert run.stdout.count("\n") == 2 + 15  # a title, a line, and every method with all its seeds
+    assert run.stdout in README
+
+
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.splitlines()[0])
 def test_the_code_runs_as_it_stands(block, tmp_path):
     run = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False, cwd=tmp_path)
