@@ -129,10 +129,7 @@ def rescaled(
 class _Rescaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
-        y = h * g  # in g's float32: bfloat16 would take g for 1 until it is a part in 256 away
-        if bias is not None:
-            y += (1 - g) * bias
-        y = y.to(h.dtype)
+        y = _scaled(h, g, None if bias is None else (1 - g) * bias)
         ctx.save_for_backward(y, g, bias)
         return y
 
@@ -144,4 +141,15 @@ class _Rescaled(torch.autograd.Function):
         dg = (dy * y).sum(tokens, dtype=g.dtype)
         if bias is not None:
             dg -= bias * dy.sum(tokens, dtype=g.dtype)
-        return (g * dy).to(dy.dtype), torch.where(g == 0, 0, dg / g), None
+        return _scaled(dy, g), torch.where(g == 0, 0, dg / g), None
+
+
+def _scaled(h: Tensor, g: Tensor, shift: Tensor | None = None) -> Tensor:
+    """g ⊙ h + shift in g's float32, where bfloat16 would take g for 1 until it is a part in 256 away.
+
+    Some rows at a time: a product of all in float32 is a hole in the memory once it is gone, where nothing else fits.
+    """
+    y = torch.empty_like(h, memory_format=torch.contiguous_format)
+    for rows, scaled in zip(*(t.reshape(-1, t.shape[-1]).split(64) for t in (h, y)), strict=True):
+        scaled.copy_(rows * g if shift is None else torch.addcmul(shift, rows.to(g.dtype), g))
+    return y
