@@ -1,10 +1,13 @@
 """Pages and slides of the lessons: whole in one file, figures with their descriptions, nothing from the web."""
 
+import base64
 import copy
+import io
 import re
 
 import nbformat
 import pytest
+from PIL import Image
 
 from minilora.classroom.build.lesson import find_lessons
 from minilora.classroom.build.pages import page
@@ -56,14 +59,22 @@ def test_slides_ask_nothing_of_the_web_and_show_figures(notebook: nbformat.Noteb
     assert "Reveal.initialize" in made
 
 
+def picture(width: int, height: int) -> nbformat.NotebookNode:
+    """A figure of this size, as a notebook holds it."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "png")
+    data = {"image/png": base64.b64encode(file.getvalue()).decode()}
+    return nbformat.v4.new_output("display_data", data=data, metadata={"image/png": {"alt": "It."}})
+
+
 def test_slides_hold_the_card_the_tagged_cells_and_the_figures_of_their_sections():
-    figure = nbformat.v4.new_output("display_data", data={"image/png": "A"}, metadata={"image/png": {"alt": "It."}})
     finding = nbformat.v4.new_output("display_data", data={"text/markdown": "**Found.**"})
-    drawn = nbformat.v4.new_code_cell("show()", outputs=[figure, finding])
+    drawn = nbformat.v4.new_code_cell("show()", outputs=[picture(40, 20), finding])
+    strip = nbformat.v4.new_code_cell("strip()", outputs=[picture(40, 80), finding])
     text = nbformat.v4.new_markdown_cell
     tagged = text("## Shown\n\nHere.", metadata={"tags": ["slide"]})
     printed = nbformat.v4.new_code_cell("print(1)", outputs=[nbformat.v4.new_output("stream", text="1")])
-    shown = [copy.deepcopy(drawn), copy.deepcopy(printed)]
+    shown = [copy.deepcopy(drawn), copy.deepcopy(printed), strip]
     wanted = [nbformat.from_dict({**cell, "metadata": {"tags": ["slide"]}}) for cell in copy.deepcopy(shown)]
     cells = [text("# The card"), text("## No"), drawn, tagged, *shown, *wanted, text("## No again")]
     cells = [nbformat.from_dict({**cell, "id": f"c{number}"}) for number, cell in enumerate(cells)]
@@ -75,6 +86,7 @@ def test_slides_hold_the_card_the_tagged_cells_and_the_figures_of_their_sections
         ("", 2),
         ("", 2),  # a figure comes without its code, tagged or not; what is printed comes with it, where it is tagged
         ("print(1)", 1),
+        # and a filmstrip is for readers
     ]
 
 

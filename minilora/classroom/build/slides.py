@@ -4,13 +4,16 @@ One file with reveal.js inside it, so that a projector in a room without a netwo
 turn the page, `o` shows all slides, `?print-pdf` behind the address makes a page of each.
 """
 
+import base64
 import copy
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 from nbconvert import SlidesExporter
+from PIL import Image
 
 from minilora.classroom.build.lesson import Notebook
 from minilora.classroom.build.pages import TEMPLATES, style
@@ -52,11 +55,20 @@ def slide_cells(notebook: Notebook) -> Iterator[Notebook]:
 
 
 def figures(cell: Notebook) -> Iterator[Notebook]:
-    """A cell without code for each figure of a cell: the figure and the finding under it."""
+    """A cell without code for each figure of a cell: the figure and the finding under it.
+
+    Filmstrips are left out: too tall for a slide, and who speaks can drag the explorer.
+    """
     for at, output in enumerate(cell.outputs):
-        if "image/png" in output.get("data", {}):
+        if "image/png" in output.get("data", {}) and _is_wide(output["data"]["image/png"]):
             finding = [each for each in cell.outputs[at + 1 : at + 2] if "text/markdown" in each.get("data", {})]
             yield nbformat.v4.new_code_cell("", outputs=[output, *finding], execution_count=cell.execution_count)
+
+
+def _is_wide(png: str) -> bool:
+    """Whether an image, in base64 as notebooks hold it, is as wide as a slide or wider for its height."""
+    width, height = Image.open(io.BytesIO(base64.b64decode(png))).size
+    return width * 720 >= height * 1000
 
 
 def pieces(text: str) -> list[str]:
