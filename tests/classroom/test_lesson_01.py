@@ -56,3 +56,12 @@ def test_the_articles_own_words_are_among_the_claims():
 
     assert told["01.280-gb"].found.startswith("2 + 4 + 4 bytes a parameter are 700 GB")
     assert "1,120 GB" in told["01.560-gb"].found
+
+
+def test_the_figures_for_70b_that_its_answers_tell():
+    arch = ARCHITECTURES["llama-2-70b"]
+    n, embeddings = base_params(arch), 2 * arch.vocab * arch.hidden
+
+    assert round((n - embeddings) * 0.516 / GB) == 35  # in 4 bits
+    assert round(2 * embeddings / GB) == 1
+    assert round(2 * n / GB) == 138
