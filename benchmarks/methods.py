@@ -78,8 +78,9 @@ def main() -> None:
         fill(options)
     cells = read_cells()
     rows = compared(cells)
-    print(methods_report.table(rows, json.loads(COSTS.read_text())["costs"] if COSTS.exists() else {}))
-    if not options.table:
+    if rows:
+        print(methods_report.table(rows, json.loads(COSTS.read_text())["costs"] if COSTS.exists() else {}))
+    if rows and not options.table:
         draw(cells, rows)
 
 

@@ -32,10 +32,10 @@ def _or_when(names: list[str]) -> str:
 
 def print_claim(fact: str, source: str, found: str, verdict: str, when: str = "") -> None:
     """Print a claim in a notebook, its lines broken under their own beginning."""
-    parts = {"Claim    ": fact, "         ": f"({source})", "Found    ": found}
-    parts["Verdict  "] = f"{verdict.upper()} {when}".rstrip()
-    for name, text in parts.items():
-        print(textwrap.fill(text, width=100, initial_indent=name, subsequent_indent=" " * 9, break_on_hyphens=False))
+    told = f"{verdict.upper()} {when}".rstrip()
+    for name, text in (("Claim", fact), ("", f"({source})"), ("Found", found), ("Verdict", told)):
+        begin, below = f"{name:<9}", " " * 9
+        print(textwrap.fill(text, width=100, initial_indent=begin, subsequent_indent=below, break_on_hyphens=False))
     print()
 
 

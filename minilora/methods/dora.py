@@ -147,9 +147,10 @@ class _Rescaled(torch.autograd.Function):
 def _scaled(h: Tensor, g: Tensor, shift: Tensor | None = None) -> Tensor:
     """g ⊙ h + shift in g's float32, where bfloat16 would take g for 1 until it is a part in 256 away.
 
-    Some rows at a time: a product of all in float32 is a hole in the memory once it is gone, where nothing else fits.
+    On a CPU some rows at a time: a product of all in float32 leaves a hole in the memory, where nothing else fits.
     """
     y = torch.empty_like(h, memory_format=torch.contiguous_format)
-    for rows, scaled in zip(*(t.reshape(-1, t.shape[-1]).split(64) for t in (h, y)), strict=True):
+    at_a_time = 64 if h.device.type == "cpu" else max(1, h.numel())
+    for rows, scaled in zip(*(t.reshape(-1, t.shape[-1]).split(at_a_time) for t in (h, y)), strict=True):
         scaled.copy_(rows * g if shift is None else torch.addcmul(shift, rows.to(g.dtype), g))
     return y

@@ -111,8 +111,9 @@ def _box(axes: Axes, column: float, y: float, piece: Piece) -> None:
     axes.add_patch(Rectangle((column - 0.32, y - 0.36), len(piece.text) + 0.64, 0.72, **style))
     middle = column + len(piece.text) / 2
     ink = "black" if piece.carries else GREY
-    style = {"color": ink, "family": "DejaVu Sans Mono", "fontsize": 7.6}
-    axes.text(middle, y, piece.text, ha="center", va="center_baseline", **style)
+    axes.text(
+        middle, y, piece.text, color=ink, ha="center", va="center_baseline", family="DejaVu Sans Mono", fontsize=7.6
+    )
 
 
 @styled
