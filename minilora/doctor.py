@@ -20,9 +20,20 @@ from minilora import __version__
 
 OK, OPTIONAL, NEEDED = "ok", "–", "!"  # is there; is not there and need not be; is not there and must be
 CORE = ("numpy", "torch", "numba", "safetensors", "tokenizers", "gguf", "jinja2", "tqdm", "jaxtyping")
-COURSE = ("matplotlib", "ipywidgets", "jupyterlab", "jupytext", "nbclient", "nbconvert", "nbformat", "nbval", "pyyaml")
+COURSE = (
+    "matplotlib",
+    "ipywidgets",
+    "jupyterlab",
+    "jupytext",
+    "nbclient",
+    "nbconvert",
+    "nbformat",
+    "nbval",
+    "pillow",
+    "pyyaml",
+)
 PEERS = ("transformers", "accelerate", "peft", "bitsandbytes")
-TOOLS = ("pytest", "pytest-xdist", "hypothesis", "beartype", "ruff", "mypy", "selenium", "pillow")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "beartype", "ruff", "mypy", "selenium")
 CPU_FEATURES = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
